@@ -1,0 +1,86 @@
+"""What an adapter is made of: `LoRAConfig`. Imports no torch, so the command line can read it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+from lorakit.config import Config
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoRAConfig(Config):
+    """Which layers get an update, of what rank and scale, and how it starts.
+
+    The update of a layer with weight W (out, in) is ``s * B @ A`` with A (r, in), B (out, r); ``s = alpha / r`` (LoRA, arXiv 2106.09685)
+    or ``alpha / sqrt(r)`` (rsLoRA, arXiv 2312.03732).
+    """
+
+    aliases: ClassVar[Mapping[str, str]] = {
+        "lora_r": "r",
+        "rank": "r",
+        "lora_alpha": "alpha",
+        "lora_dropout": "dropout",
+        "lora_target_modules": "target_modules",
+        "layers_to_transform": "layers",
+        "init_lora_weights": "init",
+    }
+
+    r: int = 16
+    """Rank: columns of B, rows of A."""
+
+    alpha: float = 32.0
+    """Numerator of the scale."""
+
+    dropout: float = 0.0
+    """Probability of dropping an input element of A while training."""
+
+    target_modules: str | tuple[str, ...] = "all-linear"
+    """"all-linear" (every matrix-multiplying layer but the output head), a list of names matched against the end of module paths
+    ("q_proj", "self_attn.q_proj"), or one string: a regular expression that must match whole paths."""
+
+    exclude_modules: str | tuple[str, ...] | None = None
+    """Layers to leave out, written like `target_modules`."""
+
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    """Rank per layer: a name matched against the end of module paths, or a regular expression for it -> r."""
+
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    """alpha per layer, as `rank_pattern`."""
+
+    layers: tuple[int, ...] | None = None
+    """Adapt only these layer numbers (the first number in a module path: model.layers.3.mlp -> 3)."""
+
+    scaling: Literal["lora", "rslora"] = "lora"
+    """alpha/r or alpha/sqrt(r)."""
+
+    delta: Literal["lora"] = "lora"
+    """How the update is parametrised."""
+
+    init: Literal["default", "gaussian", "orthogonal"] = "default"
+    """default: A uniform(+-1/sqrt(fan_in)), B zero. gaussian: A normal(0, 1/r), B zero. orthogonal: A and B from one orthogonal r x r matrix (r even)."""
+
+    bias: Literal["none", "all", "lora_only"] = "none"
+    """Which biases are trained with the adapter: none, all of the model's, or those of adapted layers."""
+
+    modules_to_save: tuple[str, ...] = ()
+    """Modules (matched as `target_modules`) trained whole and stored with the adapter, e.g. a classification head."""
+
+    def problems(self) -> list[str]:
+        """Ranges."""
+        found = []
+        if self.r < 1:
+            found.append(f"r: must be at least 1 (got {self.r})")
+        if not math.isfinite(self.alpha) or self.alpha <= 0:
+            found.append(f"alpha: must be a positive number (got {self.alpha})")
+        if not 0 <= self.dropout < 1:
+            found.append(f"dropout: must be in [0, 1) (got {self.dropout})")
+        found += [f"rank_pattern[{k!r}]: must be at least 1 (got {v})" for k, v in self.rank_pattern.items() if v < 1]
+        found += [f"alpha_pattern[{k!r}]: must be positive (got {v})" for k, v in self.alpha_pattern.items() if v <= 0]
+        if not self.target_modules:
+            found.append('target_modules: is empty; name layers or use "all-linear"')
+        if self.layers is not None and (not self.layers or min(self.layers) < 0):
+            found.append(f"layers: must be layer numbers from 0 (got {list(self.layers)})")
+        return found

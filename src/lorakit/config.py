@@ -1,0 +1,170 @@
+"""Strict frozen dataclasses that come from and go to dicts and YAML. Knows no particular config.
+
+A config class derives from `Config`. Its fields are checked against their type hints when it is made, from Python or from a file alike:
+an unknown key is an error with the nearest name, a wrong type an error with the field's name; all problems are told at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import re
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import pydantic
+import yaml
+
+from lorakit.errors import ConfigError, bullet_list, nearest
+
+
+@functools.cache
+def _validators(cls: type) -> dict[str, pydantic.TypeAdapter[Any]]:
+    """One pydantic validator per field: types are checked strictly, so "16" is no int and 1 is no bool."""
+    hints = typing.get_type_hints(cls)
+    # arbitrary types: a field may hold another Config, which has checked itself; pydantic then asks isinstance only.
+    return {f.name: pydantic.TypeAdapter(_opaque(hints[f.name])) for f in dataclasses.fields(cls) if f.init}
+
+
+def _opaque(hint: Any) -> Any:
+    """The hint with nested Config classes checked by isinstance, not rebuilt field by field."""
+    if isinstance(hint, type) and issubclass(hint, Config):
+        return pydantic.InstanceOf[hint]
+    return hint
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """Base of every config. Subclasses: `@dataclass(frozen=True, kw_only=True)`, and override `problems()` for what types cannot say."""
+
+    aliases: ClassVar[Mapping[str, str]] = {}  # other spellings accepted by from_dict: alias -> field
+
+    def __post_init__(self) -> None:
+        found = []
+        for name, validator in _validators(type(self)).items():
+            value = getattr(self, name)
+            try:
+                # lists become tuples: JSON and YAML know only lists, configs are hashable values
+                value = validator.validate_python(tuple(value) if isinstance(value, list) else value, strict=True)
+            except pydantic.ValidationError as error:
+                detail = error.errors()[0]
+                found.append(f"{name}: {detail['msg']} (got {value!r})")
+                continue
+            object.__setattr__(self, name, value)
+        found = found or self.problems()
+        if found:
+            raise ConfigError(f"{type(self).__name__}: {len(found)} bad setting(s):\n{bullet_list(found)}")
+
+    def problems(self) -> list[str]:
+        """What is wrong beyond types: ranges, settings at odds with each other. One sentence each."""
+        return []
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], where: str = "settings") -> Self:
+        """Build from a mapping (nested configs as mappings), refusing unknown keys.
+
+        Args:
+            values: field name (or alias) -> value.
+            where: what to call the source in errors, e.g. "run.yaml".
+
+        Raises:
+            ConfigError: unknown key (with the nearest known name), a field given twice, or a bad value.
+        """
+        hints = typing.get_type_hints(cls)
+        fields = {f.name for f in dataclasses.fields(cls) if f.init}
+        given: dict[str, Any] = {}
+        found = []
+        for key, value in values.items():
+            name = cls.aliases.get(str(key).replace("-", "_"), str(key).replace("-", "_"))
+            if name not in fields:
+                guess = nearest(name, [*fields, *cls.aliases])
+                hint = f"; did you mean {' or '.join(guess)}?" if guess else f"; known: {', '.join(sorted(fields))}"
+                found.append(f"unknown key {key!r}{hint}")
+                continue
+            if name in given:
+                found.append(f"{key!r} sets {name!r} a second time")
+                continue
+            hint = hints[name]
+            if isinstance(hint, type) and issubclass(hint, Config) and isinstance(value, Mapping):
+                value = hint.from_dict(value, f"{where}: {name}")
+            given[name] = value
+        missing = [
+            f.name
+            for f in dataclasses.fields(cls)
+            if f.init
+            and f.name not in given
+            and f.default is dataclasses.MISSING
+            and f.default_factory is dataclasses.MISSING
+        ]
+        found += [f"{name!r} is required" for name in missing]
+        if found:
+            raise ConfigError(f"{where}: {len(found)} problem(s):\n{bullet_list(found)}")
+        return cls(**given)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dicts, lists, strings, numbers: what YAML and JSON can hold. `from_dict` of it gives an equal config."""
+        return {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self) if f.init}
+
+    @classmethod
+    def from_yaml(cls, path: str | Path) -> Self:
+        """Read a YAML file as `from_dict` would."""
+        return cls.from_dict(read_yaml(path), where=str(path))
+
+    def to_yaml(self) -> str:
+        """The fully resolved config as YAML text, fields in their declared order."""
+        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True, width=120)
+
+    def replace(self, **changes: Any) -> Self:
+        """A copy with some fields changed, checked again."""
+        return dataclasses.replace(self, **changes)
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """A YAML mapping from a file; a duplicate key is an error.
+
+    Raises:
+        ConfigError: the file is missing, not YAML, not a mapping, or has a key twice.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+        values = yaml.load(text, Loader=_UniqueKeyLoader)  # noqa: S506 - the loader derives from SafeLoader
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path}: not readable as YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: expected 'key: value' lines, found {type(values).__name__}")
+    return values
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """Safe loader that refuses a key given twice (PyYAML keeps the last one silently) and reads 1e-3 as a number."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} given twice", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Config):
+        return value.to_dict()
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, tuple | list):
+        return [_plain(v) for v in value]
+    return value
+
+
+# PyYAML follows YAML 1.1, where 1e-3 (no point) is a string: learning rates are written that way.
+_UniqueKeyLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)

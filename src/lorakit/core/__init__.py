@@ -1,0 +1,1 @@
+"""The low-rank core: torch only, no models, no files."""

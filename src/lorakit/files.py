@@ -1,0 +1,333 @@
+"""Every byte lorakit writes or reads. Knows files, not what is in them.
+
+Writing: a file is written to a temporary sibling, flushed, fsynced, renamed over the target, and its folder fsynced; a reader sees the old file or
+the new one, never a part. A folder is built beside its target the same way, with a manifest (sizes and SHA-256) written last.
+Reading: one strict reader per format; damage is an error that names the file and the place.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+import shutil
+import struct
+import uuid
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lorakit.errors import FileError, RunError, bullet_list
+
+if TYPE_CHECKING:
+    import torch
+
+MANIFEST = "manifest.json"
+_MAX_HEADER = 64 * 1024 * 1024  # bytes; safetensors itself stops at 100 MB. 1,000 adapters x 7 x 80 tensors need less.
+_SAFETENSORS_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1,
+                      "U16": 2, "U32": 4, "U64": 8, "F8_E4M3": 1, "F8_E5M2": 1}  # fmt: skip
+
+
+# ---------------------------------------------------------------- writing
+
+
+def write_bytes(path: str | Path, data: bytes) -> None:
+    """Replace the file at `path` by `data`, whole or not at all, and durably."""
+    path = Path(path)
+    temporary = path.with_name(f".tmp-{uuid.uuid4().hex}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        fsync_folder(path.parent)
+    except OSError as error:
+        raise FileError(f"{path}: could not be written: {error.strerror or error}. The old file, if any, is untouched.") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """`write_bytes` of UTF-8."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Indented, key order kept, NaN refused."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_safetensors(path: str | Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Tensors in the order of their names, so equal content gives equal bytes.
+
+    Args:
+        path: the target file.
+        tensors: name -> tensor; moved to the CPU and made contiguous as needed.
+        metadata: strings for the header.
+    """
+    from safetensors.torch import save
+
+    ready = {name: tensors[name].detach().to("cpu").contiguous() for name in sorted(tensors)}
+    write_bytes(path, save(ready, metadata=dict(metadata) if metadata else None))
+
+
+@contextlib.contextmanager
+def atomic_folder(target: str | Path, manifest: Mapping[str, Any] | None = None) -> Iterator[Path]:
+    """Build a folder beside `target` and put it in place when the block ends well; leave `target` as it was when it raises.
+
+    Args:
+        target: the folder to create or replace.
+        manifest: extra keys for `manifest.json`; sizes and SHA-256 of all files are added. None writes no manifest.
+
+    Yields:
+        The temporary folder to fill.
+    """
+    target = Path(target)
+    building = target.with_name(f".tmp-{uuid.uuid4().hex}")
+    old = target.with_name(f".old-{uuid.uuid4().hex}")
+    try:
+        building.mkdir(parents=True)
+        yield building
+        files = sorted(p for p in building.rglob("*") if p.is_file())
+        for file in files:
+            with file.open("rb") as handle:
+                os.fsync(handle.fileno())
+        if manifest is not None:
+            listing = {
+                p.relative_to(building).as_posix(): {"bytes": p.stat().st_size, "sha256": sha256_file(p)} for p in files
+            }
+            write_json(building / MANIFEST, {**manifest, "files": listing})
+        fsync_folder(building)
+        # rename(2) replaces only an empty folder, so an old one is moved aside first; recovery is a matter of names.
+        if target.exists():
+            target.rename(old)
+        building.rename(target)
+        fsync_folder(target.parent)
+    except OSError as error:
+        if old.exists() and not target.exists():
+            old.rename(target)
+        raise FileError(f"{target}: could not be written: {error.strerror or error}. What was there is untouched.") from error
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+        if target.exists():
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def fsync_folder(path: Path) -> None:
+    """Make renames inside `path` durable (no-op where folders cannot be opened, as on Windows)."""
+    with contextlib.suppress(PermissionError):
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+class JsonLines:
+    """An append-only `.jsonl` file: one object a line, flushed at each line. `keep` rewrites it with the rows that satisfy a test."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+
+    def append(self, row: Mapping[str, Any]) -> None:
+        """Add one line."""
+        line = json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(line)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """All whole lines; a torn last line (a killed writer) is left out."""
+        if not self.path.exists():
+            return []
+        lines = self.path.read_bytes().split(b"\n")
+        return [parse_json(line, f"{self.path}:{i}") for i, line in enumerate(lines[:-1], 1)]
+
+    def keep(self, rows: list[dict[str, Any]]) -> None:
+        """Replace the content by `rows`, atomically."""
+        write_text(self.path, "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows))
+
+
+# ---------------------------------------------------------------- reading
+
+
+def sha256_file(path: str | Path) -> str:
+    """Hex digest of a file's content, read in blocks."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def verify_folder(path: str | Path) -> dict[str, Any]:
+    """Check a folder against its manifest and return the manifest.
+
+    Raises:
+        FileError: no manifest, or a file is missing, has another size or another content.
+    """
+    path = Path(path)
+    manifest = read_json(path / MANIFEST)
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
+        raise FileError(f"{path / MANIFEST}: not a manifest: no 'files'")
+    problems = []
+    for name, expected in manifest["files"].items():
+        file = path / name
+        if not file.is_file():
+            problems.append(f"{name}: missing")
+        elif file.stat().st_size != expected["bytes"]:
+            problems.append(f"{name}: {file.stat().st_size} bytes instead of {expected['bytes']}")
+        elif sha256_file(file) != expected["sha256"]:
+            problems.append(f"{name}: content differs from its SHA-256")
+    if problems:
+        raise FileError(f"{path}: damaged:\n{bullet_list(problems)}")
+    return manifest
+
+
+def parse_json(data: bytes | str, where: str) -> Any:
+    """JSON as the standard has it: duplicate keys, NaN, infinity and lone surrogates are errors (Python's json takes them).
+
+    Raises:
+        FileError: with `where`, the cause, and the column.
+    """
+    try:
+        text = data.decode("utf-8-sig") if isinstance(data, bytes) else data
+        value = json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_no_constant, parse_float=_finite)
+        text_again = json.dumps(value, ensure_ascii=False)
+        text_again.encode("utf-8")  # a lone surrogate, written as an escape, cannot be encoded
+    except UnicodeDecodeError as error:
+        raise FileError(f"{where}: not UTF-8: byte {error.object[error.start]:#04x} at offset {error.start}; save the file as UTF-8") from None
+    except UnicodeEncodeError:
+        raise FileError(f"{where}: holds a lone surrogate (half of a UTF-16 pair), which is no character") from None
+    except json.JSONDecodeError as error:
+        raise FileError(f"{where}: not JSON: {error.msg} at line {error.lineno}, column {error.colno}") from None
+    except (ValueError, RecursionError) as error:
+        raise FileError(f"{where}: not JSON: {error or 'nested too deeply'}") from None
+    return value
+
+
+def read_json(path: str | Path) -> Any:
+    """A JSON file, strictly (see `parse_json`)."""
+    return parse_json(_read(path), str(path))
+
+
+def read_safetensors_header(path: str | Path) -> tuple[dict[str, tuple[str, tuple[int, ...]]], dict[str, str]]:
+    """Names with dtypes and shapes, and the metadata, checked before any tensor is read.
+
+    safetensors itself accepts duplicate keys and unbounded names; here a header must be unique, in bounds, and cover the data exactly.
+
+    Returns:
+        ({name: (dtype, shape)}, metadata)
+
+    Raises:
+        FileError: the file is cut short, its header is no JSON object, or its offsets do not add up.
+    """
+    path = Path(path)
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            start = file.read(8)
+            if len(start) < 8:
+                raise FileError(f"{path}: not a safetensors file: only {size} bytes")
+            (length,) = struct.unpack("<Q", start)
+            if length > min(size - 8, _MAX_HEADER):
+                raise FileError(f"{path}: not a safetensors file, or cut short: header of {length:,} bytes in a file of {size:,}")
+            header = parse_json(file.read(length), f"{path} (header)")
+    except OSError as error:
+        if isinstance(error, FileError):
+            raise
+        raise FileError(f"{path}: could not be read: {error.strerror or error}") from error
+    if not isinstance(header, dict):
+        raise FileError(f"{path}: header is not an object")
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise FileError(f"{path}: __metadata__ must hold strings only")
+    tensors, spans = {}, []
+    for name, entry in header.items():
+        try:
+            dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+            good = all(type(n) is int and n >= 0 for n in (*shape, begin, end))
+            good = good and end - begin == math.prod(shape) * _SAFETENSORS_BYTES[dtype]
+        except (KeyError, TypeError, ValueError):
+            good = False
+        if not good:
+            raise FileError(f"{path}: tensor {name!r} has a bad header entry: {str(entry)[:200]}")
+        tensors[name] = (dtype, shape)
+        spans.append((begin, end))
+    position = 0
+    for begin, end in sorted(spans):
+        if begin != position:
+            raise FileError(f"{path}: tensor data overlaps or has holes at byte {position}")
+        position = end
+    if position != size - 8 - length:
+        raise FileError(f"{path}: holds {size - 8 - length:,} bytes of tensors, its header says {position:,}: cut short or damaged")
+    return tensors, metadata
+
+
+def read_safetensors(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """All tensors of a file (on the CPU) and its metadata, after the header has been checked."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    _, metadata = read_safetensors_header(path)
+    try:
+        return load_file(path), metadata
+    except (SafetensorError, OSError) as error:
+        raise FileError(f"{path}: could not be read: {error}") from error
+
+
+def _read(path: str | Path) -> bytes:
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise FileError(f"{path}: could not be read: {error.strerror or error}") from error
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = sorted({key for key in keys if keys.count(key) > 1})
+        raise ValueError(f"key {twice[0]!r} given twice in one object")
+    return result
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if math.isinf(value):
+        raise ValueError(f"number {text} is too large")
+    return value
+
+
+# ---------------------------------------------------------------- locking
+
+
+@contextlib.contextmanager
+def locked_folder(path: str | Path) -> Iterator[None]:
+    """Hold a folder for this process: a second process gets an error that names the first.
+
+    The lock is the operating system's (flock or LockFileEx), so it goes with the process however that ends.
+
+    Raises:
+        RunError: somebody else holds it.
+    """
+    import filelock
+
+    path = Path(path)
+    path.mkdir(parents=True, exist_ok=True)
+    lock, owner = filelock.FileLock(path / ".lock", timeout=0), path / ".lock-owner"
+    try:
+        lock.acquire()
+    except filelock.Timeout:
+        who = owner.read_text() if owner.exists() else "another process"
+        raise RunError(f"{path} is in use by {who}. Wait for it, stop it, or choose another output folder.") from None
+    try:
+        owner.write_text(f"process {os.getpid()}")
+        yield
+    finally:
+        owner.unlink(missing_ok=True)
+        lock.release()

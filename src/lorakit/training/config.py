@@ -1,0 +1,147 @@
+"""Settings of a training run: `TrainConfig`. Imports no torch, so `lorakit train --help` is quick."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+from lorakit.adapter.config import LoRAConfig
+from lorakit.config import Config
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(Config):
+    """Everything that determines a run. `run.yaml` in the run folder is this, fully resolved."""
+
+    aliases: ClassVar[Mapping[str, str]] = {
+        "num_train_epochs": "epochs",
+        "per_device_train_batch_size": "batch_size",
+        "lr": "learning_rate",
+        "lr_scheduler_type": "schedule",
+        "max_grad_norm": "clip",
+        "max_seq_length": "max_length",
+        "cutoff_len": "max_length",
+        "model_name_or_path": "model",
+        "output_dir": "output",
+        "valid": "validation",
+        "lora_config": "lora",
+    }
+
+    model: str
+    """Base model: Hub id, folder, .gguf file, or the alias smollm2."""
+
+    data: str
+    """Training rows: a .jsonl, .json, .csv, .parquet or .txt file, or a Hub data set id."""
+
+    output: str
+    """Run folder to create."""
+
+    validation: str | None = None
+    """Validation rows; None holds out `validation_share` of the training rows."""
+
+    validation_share: float = 0.05
+    """Share of rows held out when no validation file is given (at most 500 rows, at least 1)."""
+
+    lora: LoRAConfig = field(default_factory=LoRAConfig)
+    """The adapter."""
+
+    epochs: float = 1.0
+    """Passes over the training rows."""
+
+    max_steps: int | None = None
+    """Optimiser steps; overrides `epochs`."""
+
+    batch_size: int = 16
+    """Rows per optimiser step and process, times `gradient_accumulation_steps`."""
+
+    gradient_accumulation_steps: int = 1
+    """Multiplies `batch_size`; the gradient is the mean over all labelled tokens of the step, however they are divided."""
+
+    micro_batch_tokens: int = 4096
+    """Tokens that go through the model at once: a step of more is divided. Bounds memory; changes results by rounding only."""
+
+    max_length: int = 1024
+    """Longest row in tokens; longer rows are cut so that labels remain, and counted."""
+
+    learning_rate: float = 1e-3
+    """Peak learning rate of AdamW."""
+
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """Course of the learning rate after warm-up: to zero along a cosine or a line, or constant."""
+
+    warmup: float = 0.03
+    """Share of the steps over which the learning rate rises from zero."""
+
+    weight_decay: float = 0.0
+    """AdamW's decoupled weight decay on the adapter's tensors."""
+
+    adam_beta1: float = 0.9
+    """AdamW's first decay rate."""
+
+    adam_beta2: float = 0.999
+    """AdamW's second decay rate."""
+
+    adam_epsilon: float = 1e-8
+    """AdamW's denominator floor."""
+
+    clip: float = 1.0
+    """Largest gradient norm; 0 turns clipping off."""
+
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Storage and arithmetic of the base; the adapter is fp32. auto: what a probe of this machine finds fastest and safe."""
+
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, mps."""
+
+    train_on: Literal["assistant", "all"] = "assistant"
+    """Which tokens carry loss: assistant turns with their end token, or every token."""
+
+    chat_template: str = "auto"
+    """auto: the tokenizer's own; a template lorakit ships (see lorakit check --help); a Jinja file; none: no template."""
+
+    eval_steps: int | None = None
+    """Steps between evaluations; None: ten times a run."""
+
+    save_steps: int | None = None
+    """Steps between checkpoints; None: at every evaluation."""
+
+    keep_checkpoints: int = 2
+    """Newest checkpoints kept (at least 2, so that a damaged one has an elder)."""
+
+    early_stop: int | None = None
+    """Stop after this many evaluations without a better validation loss."""
+
+    samples: int = 4
+    """Validation rows whose answers before and after training go into the report."""
+
+    seed: int = 0
+    """Determines every draw of the run."""
+
+    resume: bool = False
+    """Continue the run in `output` from its newest sound checkpoint."""
+
+    def problems(self) -> list[str]:
+        """Ranges."""
+        found = []
+        for name in ("batch_size", "gradient_accumulation_steps", "micro_batch_tokens"):
+            if getattr(self, name) < 1:
+                found.append(f"{name}: must be at least 1 (got {getattr(self, name)})")
+        for name in ("max_steps", "eval_steps", "save_steps", "early_stop"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                found.append(f"{name}: must be at least 1 (got {value})")
+        if self.max_length < 2:
+            found.append(f"max_length: must be at least 2 (got {self.max_length})")
+        if self.keep_checkpoints < 2:
+            found.append(f"keep_checkpoints: must be at least 2 (got {self.keep_checkpoints})")
+        for name in ("epochs", "learning_rate", "adam_epsilon"):
+            if not getattr(self, name) > 0:
+                found.append(f"{name}: must be positive (got {getattr(self, name)})")
+        for name in ("weight_decay", "clip", "samples"):
+            if getattr(self, name) < 0:
+                found.append(f"{name}: must not be negative (got {getattr(self, name)})")
+        for name in ("warmup", "validation_share", "adam_beta1", "adam_beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                found.append(f"{name}: must be in [0, 1) (got {getattr(self, name)})")
+        return found

@@ -1,0 +1,99 @@
+"""What this machine can do: its device, the dtype that is fast on it, its allocator. Knows no model."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import platform
+import time
+
+import torch
+
+from lorakit.errors import ConfigError
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h of glibc
+
+
+def resolve_device(name: str = "auto") -> torch.device:
+    """`auto` is CUDA, else MPS, else the CPU; any other name must be a device that is here.
+
+    Raises:
+        ConfigError: torch cannot use the named device; says which ones it can.
+    """
+    available = ["cpu"]
+    if torch.cuda.is_available():
+        available = [f"cuda:{i}" for i in range(torch.cuda.device_count())] + available
+    if torch.backends.mps.is_available():
+        available = ["mps", *available]
+    if name == "auto":
+        return torch.device(available[0])
+    if name not in available and not (name == "cuda" and "cuda:0" in available):
+        raise ConfigError(f"device: {name!r} is not here; this torch can use {', '.join(available)} (or auto)")
+    return torch.device(name)
+
+
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    """`auto` asks `training_dtype`; else fp32, bf16 or fp16 as named.
+
+    Raises:
+        ConfigError: an unknown name.
+    """
+    if name == "auto":
+        return training_dtype(device)
+    if name not in DTYPES:
+        raise ConfigError(f"dtype: unknown {name!r}; allowed: auto, {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+@functools.cache
+def training_dtype(device: torch.device) -> torch.dtype:
+    """The dtype for the frozen base that is fastest here without losing range.
+
+    CUDA: bf16 where the GPU computes in it, else fp16 (a T4: bf16 is emulated there, and slow). CPU: bf16 only if a matrix product in it is
+    measured to be clearly faster than in fp32; without AVX512-BF16 or AMX it is slower. MPS: bf16 if the system has it.
+    """
+    if device.type == "cuda":
+        native = torch.cuda.get_device_capability(device) >= (8, 0)
+        return torch.bfloat16 if native else torch.float16
+    if device.type == "mps":
+        try:
+            torch.ones(8, 8, device=device, dtype=torch.bfloat16).matmul(
+                torch.ones(8, 8, device=device, dtype=torch.bfloat16)
+            )
+        except (RuntimeError, TypeError):
+            return torch.float32
+        return torch.bfloat16
+    return torch.bfloat16 if _matmul_speedup(torch.bfloat16) > 1.3 else torch.float32
+
+
+def _matmul_speedup(dtype: torch.dtype) -> float:
+    """How many times faster a CPU matrix product of a layer's size is in `dtype` than in fp32 (best of five each, about 20 ms)."""
+    best = {}
+    for candidate in (torch.float32, dtype):
+        x, w = torch.ones(256, 768, dtype=candidate), torch.ones(1536, 768, dtype=candidate)
+        torch.nn.functional.linear(x, w)  # the first call plans and allocates
+        seconds = []
+        for _ in range(5):
+            start = time.perf_counter()
+            torch.nn.functional.linear(x, w)
+            seconds.append(time.perf_counter() - start)
+        best[candidate] = min(seconds)
+    return best[torch.float32] / best[dtype]
+
+
+def tune_allocator() -> bool:
+    """Keep freed blocks of up to 1 GiB in the process instead of giving them back to the kernel at each free (glibc only).
+
+    Training frees and asks for the same big blocks thousands of times; each return costs page faults (measured: filling 124 MB takes
+    33 ms after a return, 5 ms without). The process holds its peak memory in exchange.
+
+    Returns:
+        Whether the C library took the settings.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return False
+    mallopt = ctypes.CDLL(None).mallopt
+    # Both must be set: setting one alone turns off glibc's own adjustment of the other.
+    return bool(mallopt(_M_MMAP_THRESHOLD, 1 << 30)) and bool(mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1))

@@ -1,0 +1,96 @@
+"""Losses as pure functions of logits and targets. Knows no optimiser and no loop."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from lorakit.data.batches import collate, plan_evaluation
+from lorakit.data.chat import Example
+from lorakit.packing import packed_attention, packed_logits
+
+_CHUNK_ELEMENTS = 1 << 22  # fp32 workspace of the loss: 16 MiB
+
+
+class _CrossEntropySum(torch.autograd.Function):
+    """Sum of token losses; the gradient is computed in the forward pass, chunk by chunk, in the dtype of the logits.
+
+    Never holds an fp32 copy of all logits: per chunk of rows, loss = logsumexp(z) - z[target] and dloss/dz = softmax(z) - onehot(target).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        rows, vocabulary = logits.shape  # (L, V)
+        want_gradient = ctx.needs_input_grad[0]
+        gradient = torch.empty_like(logits) if want_gradient else None
+        total = logits.new_zeros((), dtype=torch.float32)
+        step = max(1, _CHUNK_ELEMENTS // vocabulary)
+        for start in range(0, rows, step):
+            z = logits[start : start + step].float()  # (l, V)
+            target = targets[start : start + step, None]  # (l, 1)
+            log_partition = torch.logsumexp(z, dim=-1, keepdim=True)
+            total += (log_partition - z.gather(1, target)).sum()
+            if gradient is not None:
+                softmax = z.sub_(log_partition).exp_()
+                softmax.scatter_add_(1, target, softmax.new_full((1, 1), -1.0).expand_as(target))
+                gradient[start : start + step] = softmax
+        if gradient is not None:
+            ctx.save_for_backward(gradient)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * grad_outputs[0].to(gradient.dtype), None
+
+
+def cross_entropy_sum(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Sum over tokens of -log softmax(logits)[target].
+
+    Args:
+        logits: (L, V), fp32, bf16 or fp16.
+        targets: (L,) int64, each in [0, V).
+
+    Returns:
+        fp32 scalar; 0 with zero gradient for L = 0.
+    """
+    loss: torch.Tensor = _CrossEntropySum.apply(logits, targets)
+    return loss
+
+
+def cross_entropy_sum_reference(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """What `cross_entropy_sum` computes, by torch's own function on an fp32 copy; the fast one is tested against it."""
+    return torch.nn.functional.cross_entropy(logits.float(), targets, reduction="sum")
+
+
+@torch.inference_mode()
+def mean_loss(
+    model: torch.nn.Module, examples: Sequence[Example], *, micro_batch_tokens: int = 4096
+) -> tuple[float, int]:
+    """Mean loss per labelled token, in no more memory than a training micro-batch takes.
+
+    Args:
+        model: a causal language model; its mode (train/eval) is set to eval and restored.
+        examples: at least one labelled token in all.
+        micro_batch_tokens: most tokens that go through the model at once (a longer row goes alone).
+
+    Returns:
+        (loss, labelled tokens)
+    """
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    total, tokens = 0.0, 0
+    try:
+        with packed_attention(model):
+            for indices in plan_evaluation([len(e.ids) for e in examples], micro_batch_tokens=micro_batch_tokens):
+                batch = collate(examples, indices).to(device)
+                total += float(cross_entropy_sum(packed_logits(model, batch), batch.targets))
+                tokens += len(batch.targets)
+    finally:
+        model.train(was_training)
+    if tokens == 0:
+        raise ValueError("mean_loss: no labelled token in any example")
+    return total / tokens, tokens

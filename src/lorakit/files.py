@@ -139,6 +139,11 @@ class JsonLines:
         with self.path.open("a", encoding="utf-8") as file:
             file.write(line)
 
+    def sync(self) -> None:
+        """Make all lines so far durable."""
+        with self.path.open("ab") as file:
+            os.fsync(file.fileno())
+
     def rows(self) -> list[dict[str, Any]]:
         """All whole lines; a torn last line (a killed writer) is left out."""
         if not self.path.exists():

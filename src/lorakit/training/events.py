@@ -1,0 +1,79 @@
+"""What a run tells whoever watches it: plain values, in the order they happen. Knows no display."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class DataReady:
+    """Both data sets passed the gate."""
+
+    train_rows: int
+    valid_rows: int
+    statistics: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class ModelReady:
+    """The base is loaded and the adapter attached."""
+
+    parameters: int
+    dtype: str
+    device: str
+    layers: int
+    r: int
+    trained: int
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """The run goes on from a checkpoint; `damaged` says what was wrong with newer ones, `changed` what differs in the machine."""
+
+    step: int
+    damaged: tuple[str, ...] = ()
+    changed: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class StepDone:
+    """One optimiser step."""
+
+    step: int
+    total_steps: int
+    loss: float
+    learning_rate: float
+    tokens: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """One pass over the validation rows."""
+
+    step: int
+    loss: float
+    best: bool
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Checkpointed:
+    """A checkpoint was committed."""
+
+    step: int
+    path: Path
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Something that takes a while begins, in words for a person ("sampling before training")."""
+
+    text: str
+
+
+Event = DataReady | ModelReady | Resumed | StepDone | Evaluated | Checkpointed | Phase
+OnEvent = Callable[[Event], None]

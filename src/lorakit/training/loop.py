@@ -1,0 +1,304 @@
+"""The training loop: from examples and an attached adapter to a trained one. Knows no files but checkpoints and metrics, no tokenizer, no display.
+
+Every draw is a function of integers: the order of rows of (seed, epoch), dropout of (seed, step, micro-batch). So the loop can stop after any step
+and go on in another process, and the result is bit for bit that of the loop that never stopped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lorakit.data.batches import collate, plan_steps
+from lorakit.data.chat import Example
+from lorakit.errors import NonFiniteLossError, RunError, bullet_list
+from lorakit.files import JsonLines
+from lorakit.machine import resolve_dtype
+from lorakit.packing import packed_attention, packed_logits
+from lorakit.training.checkpoint import Checkpoint, Cursor, save_checkpoint
+from lorakit.training.config import TrainConfig
+from lorakit.training.events import Checkpointed, Evaluated, OnEvent, StepDone
+from lorakit.training.interrupt import stop_request
+from lorakit.training.objectives import cross_entropy_sum, mean_loss
+from lorakit.training.optim import (
+    clip_gradients,
+    learning_rate,
+    make_optimizer,
+    make_scaler,
+    optimizer_tensors,
+    restore_optimizer,
+    set_learning_rate,
+)
+
+MOST_SKIPPED_STEPS = 20  # in a row, by the fp16 scaler: from 65,536 its scale is then below 0.1, so scaling is not what is wrong
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The steps of a run, made epoch by epoch on demand."""
+
+    lengths: tuple[int, ...]
+    seed: int
+    rows_per_step: int
+    micro_batch_tokens: int
+    total_steps: int
+
+    @classmethod
+    def of(cls, config: TrainConfig, examples: Sequence[Example]) -> Plan:
+        """The plan that a config makes of the training examples."""
+        rows_per_step = config.batch_size * config.gradient_accumulation_steps
+        total = config.max_steps or math.ceil(config.epochs * math.ceil(len(examples) / rows_per_step))
+        lengths = tuple(len(example.ids) for example in examples)
+        return cls(lengths, config.seed, rows_per_step, config.micro_batch_tokens, total)
+
+    def steps(self, first: int) -> Iterator[list[list[int]]]:
+        """Steps `first`, `first + 1`, ...: each a list of micro-batches, each a list of example indices."""
+        epoch, skip = divmod(first, math.ceil(len(self.lengths) / self.rows_per_step))
+        while True:
+            steps = plan_steps(
+                self.lengths,
+                seed=self.seed,
+                epoch=epoch,
+                batch_size=self.rows_per_step,
+                micro_batch_tokens=self.micro_batch_tokens,
+            )
+            yield from steps[skip:]
+            epoch, skip = epoch + 1, 0
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """How a loop ended. The model holds the adapter of the last step."""
+
+    cursor: Cursor
+    best: dict[str, torch.Tensor]
+    interrupted: bool
+    stopped_early: bool
+
+
+def fit(
+    model: torch.nn.Module,
+    tensors: Mapping[str, torch.nn.Parameter],
+    train: Sequence[Example],
+    valid: Sequence[Example],
+    config: TrainConfig,
+    *,
+    folder: Path,
+    identity: Mapping[str, Any],
+    checkpoint: Checkpoint | None = None,
+    on_event: OnEvent = lambda event: None,
+    on_best: Callable[[], None] = lambda: None,
+) -> Fitted:
+    """Train `tensors` in place.
+
+    A step's loss is the mean over all its labelled tokens, however they are divided into micro-batches. The model is in train mode (which turns on
+    the base's own dropout too, as in PEFT) only while a step runs.
+
+    Args:
+        model: a causal language model with the adapter attached and active.
+        tensors: the trainable tensors by stable names; nothing else is changed.
+        train: training rows.
+        valid: validation rows.
+        config: with `eval_steps` and `save_steps` resolved.
+        folder: the run folder; gets `metrics.jsonl` and `checkpoints/`.
+        identity: what the run is of, recorded in each checkpoint's manifest.
+        checkpoint: where to go on; None begins anew.
+        on_event: told of each step, evaluation and checkpoint.
+        on_best: called while the model holds an adapter better than all before.
+
+    Raises:
+        NonFiniteLossError: a loss or gradient is NaN or infinite; names step and rows. Checkpoints stay as they were.
+    """
+    assert config.eval_steps is not None
+    assert config.save_steps is not None
+    plan = Plan.of(config, train)
+    device = next(model.parameters()).device
+    optimizer = make_optimizer(config, tensors)
+    scaler = make_scaler(resolve_dtype(config.dtype, device), device)
+    metrics = JsonLines(folder / "metrics.jsonl")
+    cursor, best = Cursor(), {}
+    if checkpoint is not None:
+        cursor, best = checkpoint.cursor, checkpoint.best
+        restore_tensors(tensors, checkpoint.adapter)
+        restore_optimizer(optimizer, tensors, checkpoint.optimizer)
+        if cursor.scaler:
+            scaler.load_state_dict(cursor.scaler)
+    keep_metrics(metrics, cursor)
+    saved_step = cursor.step
+
+    def write(row: dict[str, Any]) -> None:
+        metrics.append(row)
+        cursor.metric_rows += 1
+
+    def save() -> None:
+        nonlocal saved_step
+        if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors.values()):
+            raise NonFiniteLossError(f"the adapter is not finite after step {cursor.step}. {_ADVICE}")
+        metrics.sync()
+        cursor.scaler = scaler.state_dict()
+        state = optimizer_tensors(optimizer, tensors)
+        path = save_checkpoint(folder / "checkpoints", cursor, tensors, state, best, identity, config.keep_checkpoints)
+        saved_step = cursor.step
+        on_event(Checkpointed(cursor.step, path))
+
+    steps = plan.steps(cursor.step)
+    with stop_request() as stop:
+        while True:
+            at_end = cursor.step == plan.total_steps
+            if (cursor.step % config.eval_steps == 0 or at_end) and cursor.evaluated_step != cursor.step:
+                start = time.perf_counter()
+                loss, _ = mean_loss(model, valid, micro_batch_tokens=config.micro_batch_tokens)
+                better = _take_evaluation(cursor, loss)
+                if better:
+                    best = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
+                    on_best()
+                write({"step": cursor.step, "eval_loss": loss})
+                on_event(Evaluated(cursor.step, loss, better, time.perf_counter() - start))
+            stopped_early = config.early_stop is not None and cursor.evaluations_without_better >= config.early_stop
+            if (cursor.step % config.save_steps == 0 or at_end or stopped_early) and cursor.step != saved_step:
+                save()
+            if at_end or stopped_early or stop:
+                break
+
+            start = time.perf_counter()
+            micro_batches = next(steps)
+            rate = learning_rate(config, cursor.step, plan.total_steps)
+            loss = _accumulate(model, train, micro_batches, scaler, config.seed, cursor.step)
+            scaler.unscale_(optimizer)
+            norm = clip_gradients(tensors, config.clip)
+            _check_gradient(norm, cursor, scaler, train, micro_batches)
+            set_learning_rate(optimizer, rate)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad(set_to_none=True)
+
+            seconds = time.perf_counter() - start
+            tokens = sum(plan.lengths[i] for indices in micro_batches for i in indices)
+            cursor.step, cursor.tokens, cursor.seconds = cursor.step + 1, cursor.tokens + tokens, cursor.seconds + seconds
+            shown_norm = norm if math.isfinite(norm) else None  # JSON has no infinity; null says that the fp16 scaler skipped the step
+            row = {"step": cursor.step, "loss": loss, "lr": rate, "grad_norm": shown_norm, "tokens": tokens}
+            write({**row, "seconds": round(seconds, 4)})
+            on_event(StepDone(cursor.step, plan.total_steps, loss, rate, tokens, seconds))
+            if stop:  # before the evaluation this step may owe: it can take long, and a resumed run makes up for it
+                save()
+                break
+    return Fitted(cursor, best, interrupted=not (at_end or stopped_early), stopped_early=stopped_early and not at_end)
+
+
+_ADVICE = "Lower --learning-rate, or use --dtype fp32; the checkpoints before this step are sound."
+
+
+def _accumulate(
+    model: torch.nn.Module,
+    examples: Sequence[Example],
+    micro_batches: Sequence[Sequence[int]],
+    scaler: torch.amp.GradScaler,
+    seed: int,
+    step: int,
+) -> float:
+    """Forward and backward of one step, micro-batch by micro-batch: d(sum of token losses / labelled tokens of the whole step).
+
+    Returns:
+        The step's mean loss per labelled token.
+    """
+    device = next(model.parameters()).device
+    labelled = sum(sum(examples[i].trained) for indices in micro_batches for i in indices)
+    sums = []
+    was_training = model.training
+    model.train()
+    try:
+        with packed_attention(model):
+            for number, indices in enumerate(micro_batches):
+                batch = collate(examples, indices).to(device)
+                with seeded(device, seed, step, number):
+                    loss_sum = cross_entropy_sum(packed_logits(model, batch), batch.targets)
+                    scaler.scale(loss_sum / labelled).backward()
+                sums.append(loss_sum.detach())
+    finally:
+        model.train(was_training)
+    losses = torch.stack(sums).tolist()  # the only wait for the device in a step
+    for loss, indices in zip(losses, micro_batches, strict=True):
+        if not math.isfinite(loss):
+            rows = bullet_list([str(examples[i].origin) for i in indices])
+            raise NonFiniteLossError(f"loss is {loss} at step {step + 1} on rows\n{rows}\n{_ADVICE}")
+    return math.fsum(losses) / labelled
+
+
+def _check_gradient(
+    norm: float,
+    cursor: Cursor,
+    scaler: torch.amp.GradScaler,
+    examples: Sequence[Example],
+    micro_batches: Sequence[Sequence[int]],
+) -> None:
+    """A non-finite gradient is the fp16 scaler's business, a few times; otherwise training ends."""
+    if math.isfinite(norm):
+        cursor.skipped_in_a_row = 0
+        return
+    cursor.skipped_in_a_row += 1
+    if scaler.is_enabled() and cursor.skipped_in_a_row <= MOST_SKIPPED_STEPS:
+        return
+    rows = bullet_list([str(examples[i].origin) for indices in micro_batches for i in indices])
+    often = f", {cursor.skipped_in_a_row} steps in a row" if scaler.is_enabled() else ""
+    raise NonFiniteLossError(f"the gradient is not finite at step {cursor.step + 1}{often}, on rows\n{rows}\n{_ADVICE}")
+
+
+def _take_evaluation(cursor: Cursor, loss: float) -> bool:
+    """Note an evaluation in the cursor; whether it is the best of a trained adapter (at step 0 there is none yet)."""
+    if not math.isfinite(loss):
+        raise NonFiniteLossError(f"the validation loss is {loss} after step {cursor.step}. {_ADVICE}")
+    cursor.evaluated_step = cursor.step
+    if cursor.step == 0:
+        cursor.initial_loss = loss
+        return False
+    if cursor.best_loss is None or loss < cursor.best_loss:
+        cursor.best_loss, cursor.best_step, cursor.evaluations_without_better = loss, cursor.step, 0
+        return True
+    cursor.evaluations_without_better += 1
+    return False
+
+
+@contextmanager
+def seeded(device: torch.device, *numbers: int) -> Iterator[None]:
+    """Inside, torch's generators start from a function of `numbers`; afterwards those of the CPU and of CUDA are as they were."""
+    digest = hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest()
+    forked = range(torch.cuda.device_count()) if device.type == "cuda" else ()
+    with torch.random.fork_rng(forked):
+        torch.manual_seed(int.from_bytes(digest, "big") >> 1)
+        yield
+
+
+@torch.no_grad()
+def restore_tensors(tensors: Mapping[str, torch.nn.Parameter], saved: Mapping[str, torch.Tensor]) -> None:
+    """Copy saved values into the trainable tensors.
+
+    Raises:
+        RunError: names or shapes differ.
+    """
+    if set(tensors) != set(saved):
+        differing = sorted(set(tensors) ^ set(saved))
+        raise RunError(f"the checkpoint is of another adapter; tensors in only one of the two: {', '.join(differing[:5])}")
+    for name, tensor in tensors.items():
+        if tensor.shape != saved[name].shape:
+            raise RunError(f"the checkpoint's {name} has shape {tuple(saved[name].shape)}, the adapter {tuple(tensor.shape)}")
+        tensor.copy_(saved[name])
+
+
+def keep_metrics(metrics: JsonLines, cursor: Cursor) -> None:
+    """Cut metrics.jsonl to the rows that belong to the run up to the cursor.
+
+    Raises:
+        RunError: rows are missing.
+    """
+    rows = metrics.rows()
+    if len(rows) < cursor.metric_rows:
+        raise RunError(f"{metrics.path}: {len(rows)} rows, but the checkpoint of step {cursor.step} was written after {cursor.metric_rows}")
+    metrics.keep(rows[: cursor.metric_rows])

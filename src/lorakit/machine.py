@@ -51,7 +51,8 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
 def training_dtype(device: torch.device) -> torch.dtype:
     """The dtype for the frozen base that is fastest here without losing range.
 
-    CUDA: bf16 where the GPU computes in it, else fp16 (a T4: bf16 is emulated there, and slow). CPU: bf16 only if a matrix product in it is
+    CUDA: bf16 where the GPU computes in it, else fp16 (a T4: bf16 is emulated there, and slow). CPU: bf16 only if a
+    matrix product in it is
     measured to be clearly faster than in fp32; without AVX512-BF16 or AMX it is slower. MPS: bf16 if the system has it.
     """
     if device.type == "cuda":
@@ -86,7 +87,8 @@ def _matmul_speedup(dtype: torch.dtype) -> float:
 def tune_allocator() -> bool:
     """Keep freed blocks of up to 1 GiB in the process instead of giving them back to the kernel at each free (glibc only).
 
-    Training frees and asks for the same big blocks thousands of times; each return costs page faults (measured: filling 124 MB takes
+    Training frees and asks for the same big blocks thousands of times; each return costs page faults (measured:
+    filling 124 MB takes
     33 ms after a return, 5 ms without). The process holds its peak memory in exchange.
 
     Returns:

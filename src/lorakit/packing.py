@@ -1,8 +1,11 @@
 """Rows of different length through a causal language model as one sequence: no padding, no leak between rows. Knows no loss.
 
-All rows of a micro-batch are laid end to end as (1, T) tokens with positions that restart at each row. Everything in a transformer but attention
-works on single tokens, so only attention must know the rows: while `packed_attention` is entered, the model uses the attention function below, which
-keeps each row to itself. A model without exchangeable attention, or one that lets rows touch in another way (a state space, a convolution over
+All rows of a micro-batch are laid end to end as (1, T) tokens with positions that restart at each row. Everything in a
+transformer but attention
+works on single tokens, so only attention must know the rows: while `packed_attention` is entered, the model uses the
+attention function below, which
+keeps each row to itself. A model without exchangeable attention, or one that lets rows touch in another way (a state
+space, a convolution over
 time), is found by a probe on the model itself and then gets its rows one by one: slower, and as right.
 """
 
@@ -272,8 +275,10 @@ def _exchanged_attention(model: Any) -> Iterator[None]:
 def _probe(model: Any) -> bool:
     """Whether rows packed give what rows alone give, and whether a row can tell what stands before it.
 
-    Rounding differs between the two ways, so the comparison is loose; the leak test is sharp: the second row's logits must not
-    move when the first row's tokens change. Models that refuse our attention (other arguments, another forward) do not pack.
+    Rounding differs between the two ways, so the comparison is loose; the leak test is sharp: the second row's logits
+    must not
+    move when the first row's tokens change. Models that refuse our attention (other arguments, another forward) do not
+    pack.
     """
     device = next(model.parameters()).device
     was_training = model.training

@@ -17,7 +17,8 @@ _CHUNK_ELEMENTS = 1 << 22  # fp32 workspace of the loss: 16 MiB
 class _CrossEntropySum(torch.autograd.Function):
     """Sum of token losses; the gradient is computed in the forward pass, chunk by chunk, in the dtype of the logits.
 
-    Never holds an fp32 copy of all logits: per chunk of rows, loss = logsumexp(z) - z[target] and dloss/dz = softmax(z) - onehot(target).
+    Never holds an fp32 copy of all logits: per chunk of rows, loss = logsumexp(z) - z[target] and dloss/dz =
+    softmax(z) - onehot(target).
     """
 
     @staticmethod

@@ -1,0 +1,75 @@
+"""Which base an adapter belongs to: a digest of names and shapes, and a few hundred of its weights."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from lorakit.adapter.value import BaseInfo
+
+_TENSORS = 64
+_PER_TENSOR = 4
+
+
+def of(model: nn.Module, parameters: Sequence[tuple[str, nn.Parameter]]) -> BaseInfo:
+    """The fingerprint of a model's base parameters (name, parameter); reads a few hundred values, not all.
+
+    The samples come from matrices spread evenly over the sorted names, at places that follow from each name, so two
+    models
+    with equal names and shapes are compared at equal places.
+    """
+    names = sorted((name, tuple(p.shape)) for name, p in parameters)
+    structure = hashlib.sha256(repr(names).encode()).hexdigest()
+    matrices = sorted(
+        ((name, p) for name, p in parameters if p.ndim >= 2 and p.is_floating_point()), key=lambda pair: pair[0]
+    )
+    step = max(1, len(matrices) // _TENSORS)
+    samples: list[float] = []
+    for name, parameter in matrices[::step]:
+        if parameter.device.type == "meta":
+            continue
+        digest = hashlib.sha256(name.encode()).digest()
+        places = [int.from_bytes(digest[4 * i : 4 * i + 4], "big") % parameter.numel() for i in range(_PER_TENSOR)]
+        flat = parameter.detach().reshape(-1)[torch.tensor(places, device=parameter.device)]
+        samples += [float(f"{value:.8g}") for value in flat.float().tolist()]
+    dtypes: Counter[torch.dtype] = Counter()
+    for _, parameter in parameters:
+        dtypes[parameter.dtype] += parameter.numel()
+    dtype = str(dtypes.most_common(1)[0][0]).removeprefix("torch.") if dtypes else "none"
+    name_or_path = getattr(model, "name_or_path", None) or None
+    architecture = next(c.__name__ for c in type(model).__mro__ if "lorakit" not in c.__module__)
+    return BaseInfo(
+        name=name_or_path, architecture=architecture, dtype=dtype, structure=structure, samples=tuple(samples)
+    )
+
+
+def differences(made_on: BaseInfo, here: BaseInfo) -> list[str]:
+    """Why `here` is not the base an adapter was made on; empty where it is.
+
+    Equal dtypes must give equal samples. Across dtypes (trained in bf16, loaded in fp32) samples may differ by
+    rounding to the
+    narrower one: 2^-8 relative for bf16, 2^-11 for fp16.
+    """
+    problems = []
+    if made_on.architecture != here.architecture:
+        problems.append(f"base: made on a {made_on.architecture}, this is a {here.architecture}")
+    if made_on.structure != here.structure:
+        problems.append(
+            "base: its parameters have other names or shapes than those of the model the adapter was made on"
+        )
+    elif len(made_on.samples) == len(here.samples):
+        step = 0.0 if made_on.dtype == here.dtype else 2**-7
+        differ = sum(
+            abs(a - b) > step * max(abs(a), abs(b)) + (1e-7 if step else 0)
+            for a, b in zip(made_on.samples, here.samples, strict=True)
+        )
+        if differ:
+            problems.append(
+                f"base: same shapes, other weights: {differ} of {len(here.samples)} sampled weights differ"
+                + (f" (made on {made_on.name})" if made_on.name else "")
+            )
+    return problems

@@ -1,0 +1,197 @@
+"""An adapter as a value: a config, factors by module path, whole tensors. No model in memory, no file format known."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import torch
+
+from lorakit.adapter.config import LoRAConfig
+from lorakit.core import lowrank
+from lorakit.errors import AdapterError, bullet_list, nearest
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Factors:
+    """The low-rank update of one layer: s B A.
+
+    Attributes:
+        A: (r, in), or (r, in / groups, *kernel) for a convolution.
+        B: (out, r), or (out, r / groups, 1, ...) for a convolution.
+        alpha: numerator of the scale.
+        kind: how the layer multiplies: by a matrix, by looking rows up, or by convolving.
+    """
+
+    A: torch.Tensor
+    B: torch.Tensor
+    alpha: float
+    kind: Literal["matrix", "embedding", "convolution"] = "matrix"
+
+    @property
+    def r(self) -> int:
+        """Rank."""
+        return self.A.shape[0]
+
+    def delta(self, scaling: str) -> torch.Tensor:
+        """s B A in fp32: (out, in); (vocabulary, dim) for an embedding; (out, in / groups, *kernel) for a convolution."""
+        s = lowrank.scale(self.alpha, self.r, scaling)
+        if self.kind == "convolution":
+            return lowrank.convolution_delta(self.A.float(), self.B.float(), s)
+        dense = lowrank.matrix_delta(self.A.float(), self.B.float(), s)
+        return dense.T if self.kind == "embedding" else dense
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaseInfo:
+    """Which base an adapter was made on; what `attach` checks.
+
+    Attributes:
+        name: Hub id or path, as the user gave it; None for a model of unknown origin.
+        architecture: class name of the model.
+        dtype: dtype of most of its weights, e.g. "bfloat16".
+        structure: SHA-256 over names and shapes of all base parameters.
+        samples: a few hundred weights at places that follow from the names, in fp32, rounded to 8 digits.
+    """
+
+    name: str | None
+    architecture: str
+    dtype: str
+    structure: str
+    samples: tuple[float, ...]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Adapter:
+    """A low-rank adapter held in memory.
+
+    Attributes:
+        config: what it was made with.
+        factors: module path -> low-rank update.
+        biases: module path -> trained bias (the whole bias, not a difference).
+        replaced: full parameter name, e.g. "classifier.weight" -> trained tensor (`modules_to_save`).
+        base: the base it was made on, if known.
+        metadata: strings kept in the file, e.g. the version that wrote it.
+    """
+
+    config: LoRAConfig
+    factors: Mapping[str, Factors] = field(default_factory=dict)
+    biases: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    replaced: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    base: BaseInfo | None = None
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        ranks = sorted({f.r for f in self.factors.values()})
+        rank = "-".join(map(str, dict.fromkeys((ranks[0], ranks[-1])))) if ranks else "none"
+        return f"Adapter({len(self.factors)} layers, r={rank}, {self.nbytes / 1e6:.1f} MB)"
+
+    @classmethod
+    def load(cls, path: str | Path) -> Adapter:
+        """Read an adapter folder or file of any format lorakit reads, strictly.
+
+        Raises:
+            AdapterFileError: missing, damaged, or not an adapter; lists everything that is wrong.
+        """
+        from lorakit.formats import load_adapter
+
+        return load_adapter(path)
+
+    def save(self, path: str | Path, format: str = "peft") -> Path:
+        """Write the adapter as a folder in `format` and return the folder.
+
+        Raises:
+            AdapterFileError: the format cannot carry this adapter; nothing is written.
+        """
+        from lorakit.formats import save_adapter
+
+        return save_adapter(self, path, format=format)
+
+    def delta(self, path: str) -> torch.Tensor:
+        """The dense fp32 update of the layer at module path `path`, scale included (shapes: `Factors.delta`).
+
+        Raises:
+            AdapterError: no such layer in this adapter.
+        """
+        if path not in self.factors:
+            guess = nearest(path, self.factors)
+            raise AdapterError(
+                f"no layer {path!r} in this adapter" + (f"; nearest: {', '.join(guess)}" if guess else "")
+            )
+        return self.factors[path].delta(self.config.scaling)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(t.numel() * t.element_size() for t in self.tensors().values())
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Every tensor by a plain name: "<path>.A", "<path>.B", "<path>.bias", or the parameter's own name."""
+        named = {f"{path}.{letter}": t for path, f in self.factors.items() for letter, t in (("A", f.A), ("B", f.B))}
+        named |= {f"{path}.bias": bias for path, bias in self.biases.items()}
+        return named | dict(self.replaced)
+
+    def digest(self) -> str:
+        """SHA-256 of the content (tensors, scales); the identity of the adapter whatever its name or file."""
+        hasher = hashlib.sha256()
+        for path in sorted(self.factors):
+            f = self.factors[path]
+            hasher.update(f"{path}|{f.kind}|{lowrank.scale(f.alpha, f.r, self.config.scaling)!r}\n".encode())
+        for name, tensor in sorted(self.tensors().items()):
+            hasher.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}\n".encode())
+            hasher.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        return hasher.hexdigest()
+
+    def scaled(self, factor: float) -> Self:
+        """The same adapter with every low-rank update times `factor` (carried by B, so the result holds in any file format).
+
+        Raises:
+            AdapterError: the adapter holds trained biases or modules, which cannot be scaled without the base.
+        """
+        if self.biases or self.replaced:
+            raise AdapterError(
+                "cannot scale an adapter with trained biases or modules_to_save: they are whole tensors, not updates; "
+                "activate it with a weight instead: handle.activate({name: weight})"
+            )
+        return replace(self, factors={path: replace(f, B=f.B * factor) for path, f in self.factors.items()})
+
+    def check(self, *, allow_zero: bool = False) -> None:
+        """Refuse what cannot be a trained adapter: nothing in it, shapes that do not belong together, NaN or infinity, no update at all.
+
+        Args:
+            allow_zero: take an adapter whose update is zero everywhere (a fresh one).
+
+        Raises:
+            AdapterError: with every problem found.
+        """
+        problems = []
+        if not self.tensors():
+            problems.append("holds no tensor")
+        for path, f in self.factors.items():
+            rank_B = f.B.shape[1] if f.B.ndim > 1 else 0
+            if f.A.ndim < 2 or rank_B == 0 or f.r % rank_B or (f.kind != "convolution" and rank_B != f.r):
+                problems.append(f"{path}: A {tuple(f.A.shape)} and B {tuple(f.B.shape)} do not belong together")
+        for name, tensor in self.tensors().items():
+            if not tensor.is_floating_point():
+                problems.append(f"{name}: holds {tensor.dtype}, not floating-point numbers")
+            elif not torch.isfinite(tensor).all():
+                problems.append(
+                    f"{name}: {int((~torch.isfinite(tensor)).sum())} of {tensor.numel()} values are NaN or infinite"
+                )
+        zero = self.factors and not self.biases and not self.replaced
+        if zero and not allow_zero and not any(f.A.any() and f.B.any() for f in self.factors.values()):
+            problems.append("its update is zero in every layer: it was never trained, or its B was lost")
+        if problems:
+            raise AdapterError(f"not a sound adapter:\n{bullet_list(problems)}")
+
+    def summary(self) -> dict[str, Any]:
+        """Layers, parameters, bytes, ranks: for printing and JSON."""
+        return {
+            "layers": len(self.factors),
+            "parameters": sum(t.numel() for t in self.tensors().values()),
+            "bytes": self.nbytes,
+            "ranks": sorted({f.r for f in self.factors.values()}),
+        }

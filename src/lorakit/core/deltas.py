@@ -1,0 +1,128 @@
+"""What an adapter holds for one module: a low-rank update, a trained bias, or a whole trained copy. These modules own the trainable tensors."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from lorakit.core import kernels
+from lorakit.core.sites import LinearSite, Site
+
+
+class LoRA(nn.Module):
+    """The update s B A of one layer (arXiv 2106.09685).
+
+    Attributes:
+        A: (r, in, *kernel) parameter, fp32 whatever the base's dtype.
+        B: (out, r, 1, ...) parameter, fp32.
+        alpha: numerator of the scale, kept for files.
+        s: scale, alpha / r or alpha / sqrt(r).
+        dropout: probability for elements of the input of A, while training.
+    """
+
+    def __init__(self, A: torch.Tensor, B: torch.Tensor, *, alpha: float, s: float, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.A = nn.Parameter(A)
+        self.B = nn.Parameter(B)
+        self.alpha = alpha
+        self.s = s
+        self.dropout = dropout
+
+    @property
+    def r(self) -> int:
+        """Rank."""
+        return self.A.shape[0]
+
+    def forward(self, site: Site, layer: nn.Module, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """The update of the layer's output for input `x`, computed and returned in `dtype` (that of the layer's own output)."""
+        if self.dropout and self.training and x.is_floating_point():  # an embedding's input are indices
+            x = F.dropout(x, self.dropout)
+        return site.up(layer, site.down(layer, x, self.A.to(dtype)), self.B.to(dtype)) * self.s
+
+    def fused_forward(self, site: Site, layer: nn.Module, x: torch.Tensor, weight: float) -> torch.Tensor | None:
+        """Base and update together for a frozen dense Linear without dropout; None where that does not apply."""
+        if (
+            type(site) is not LinearSite
+            or (self.dropout and self.training)
+            or torch.is_autocast_enabled(x.device.type)
+            or not isinstance(layer.weight, nn.Parameter)
+            or layer.weight.requires_grad
+            or layer.weight.dtype != x.dtype
+        ):
+            return None
+        return kernels.lora_linear(x, layer.weight, layer.bias, self.A, self.B, self.s * weight)  # type: ignore[arg-type]
+
+    def dense(self, site: Site) -> torch.Tensor:
+        """s B A in fp32, in the layout of the layer's weight."""
+        return site.dense(self.A.detach().float(), self.B.detach().float(), self.s)
+
+    def extra_repr(self) -> str:
+        """Rank and scale, for print(model)."""
+        return f"r={self.r}, s={self.s:g}" + (f", dropout={self.dropout:g}" if self.dropout else "")
+
+
+class LayerUpdate(nn.Module):
+    """Everything one adapter changes in one layer: `lora` and, if biases are trained, `bias` (the whole new bias, not a difference)."""
+
+    def __init__(self, lora: LoRA | None = None, bias: torch.Tensor | None = None) -> None:
+        super().__init__()
+        self.lora = lora
+        self.bias = None if bias is None else nn.Parameter(bias)
+
+
+class Replacement(nn.Module):
+    """A whole trained copy of a module (`modules_to_save`): its parameters in fp32, its buffers as they are.
+
+    The copy keeps the base's structure and computes in the base's dtype. With weights w_i active it is the module
+    whose parameters are
+    base + sum_i w_i (copy_i - base).
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.copy = copy.deepcopy(module)
+        for parameter in self.copy.parameters():
+            parameter.data = parameter.data.float()
+            parameter.requires_grad_(True)
+
+
+def call_replaced(
+    base: Mapping[str, torch.Tensor], active: Sequence[tuple[Replacement, float]], *args: Any, **kwargs: Any
+) -> Any:
+    """Run the module with the parameters that the active copies make together.
+
+    Args:
+        base: the module's own parameters by name.
+        active: copies and their weights; at least one. The first lends its structure and its buffers.
+        *args: forwarded to the module.
+        **kwargs: forwarded to the module.
+    """
+    copies = [(dict(replacement.copy.named_parameters()), weight) for replacement, weight in active]
+
+    def effective(name: str, own: torch.Tensor) -> torch.Tensor:
+        if len(copies) == 1 and copies[0][1] == 1.0:
+            return copies[0][0][name].to(own.dtype)
+        wide = own.float()
+        for tensors, weight in copies:
+            wide = wide + weight * (tensors[name] - own.float())
+        return wide.to(own.dtype)
+
+    tensors = {name: effective(name, own) for name, own in base.items()}
+    return torch.func.functional_call(active[0][0].copy, tensors, args, kwargs)
+
+
+def trainable(update: LayerUpdate | Replacement) -> Iterator[tuple[str, nn.Parameter]]:
+    """The trainable tensors by the names that files and optimisers use: A, B, bias; or the copy's own names."""
+    if isinstance(update, Replacement):
+        yield from update.copy.named_parameters()
+        return
+    if update.lora is not None:
+        yield "A", update.lora.A
+        yield "B", update.lora.B
+    if update.bias is not None:
+        yield "bias", update.bias

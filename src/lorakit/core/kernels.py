@@ -1,0 +1,69 @@
+"""The fast adapted linear layer and the plain one it must equal."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+
+class _LoRALinear(torch.autograd.Function):
+    """y = x W^T + b + s (x A^T) B^T with W and b frozen; A and B may be wider in dtype than x.
+
+    Against autograd's own graph: x is saved once and in its own dtype (no fp32 copy), the rank-r products are added in
+    place to the big
+    ones, h = x A^T is recomputed instead of kept. The backward pass is written in differentiable operations on saved
+    inputs.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, W: torch.Tensor, b: torch.Tensor | None, A: torch.Tensor, B: torch.Tensor, s: float
+    ) -> torch.Tensor:
+        ctx.save_for_backward(x, W, A, B)
+        ctx.s = s
+        h = x @ A.to(x.dtype).T  # (T, r)
+        return F.linear(x, W, b).addmm_(h, B.to(x.dtype).T, alpha=s)  # (T, out)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, W, A, B = ctx.saved_tensors
+        g = grad_outputs[0]  # (T, out)
+        narrow_A, narrow_B = A.to(x.dtype), B.to(x.dtype)
+        g_h = (g @ narrow_B) * ctx.s  # (T, r), the gradient of h
+        grad_x = grad_A = grad_B = None
+        if ctx.needs_input_grad[0]:
+            grad_x = torch.addmm(g @ W, g_h, narrow_A) if torch.is_grad_enabled() else (g @ W).addmm_(g_h, narrow_A)
+        if ctx.needs_input_grad[3]:
+            grad_A = (g_h.T @ x).to(A.dtype)
+        if ctx.needs_input_grad[4]:
+            grad_B = (g.T @ (x @ narrow_A.T)).to(B.dtype) * ctx.s
+        return grad_x, None, None, grad_A, grad_B, None
+
+
+def lora_linear(
+    x: torch.Tensor, W: torch.Tensor, b: torch.Tensor | None, A: torch.Tensor, B: torch.Tensor, s: float
+) -> torch.Tensor:
+    """x W^T + b + s x A^T B^T in one autograd node.
+
+    Args:
+        x: (..., in).
+        W: (out, in), frozen, of x's dtype.
+        b: (out,), frozen, or None.
+        A: (r, in), any floating dtype; computed with in x's, its gradient in its own.
+        B: (out, r), as A.
+        s: scale.
+
+    Returns:
+        (..., out) in x's dtype.
+    """
+    y: torch.Tensor = _LoRALinear.apply(x.reshape(-1, x.shape[-1]), W, b, A, B, s)
+    return y.view(*x.shape[:-1], -1)
+
+
+def lora_linear_reference(
+    x: torch.Tensor, W: torch.Tensor, b: torch.Tensor | None, A: torch.Tensor, B: torch.Tensor, s: float
+) -> torch.Tensor:
+    """What `lora_linear` computes, by autograd."""
+    return F.linear(x, W, b) + F.linear(F.linear(x, A.to(x.dtype)), B.to(x.dtype)) * s

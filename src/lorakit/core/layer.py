@@ -1,0 +1,149 @@
+"""The adapted layer, and the one object that says which adapters are active.
+
+Attaching changes a layer's class to a subclass made here and back on detaching: the layer stays the same object, its
+weight stays where it is, and
+whoever asks `isinstance(layer, nn.Linear)` or reads `layer.weight` notices nothing.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from lorakit.core.deltas import LayerUpdate, Replacement, call_replaced
+from lorakit.core.sites import Site
+
+
+class ActiveState:
+    """Which adapters a model uses: one per model, shared by all its layers.
+
+    Adapters go by slot, a number given when they are added. Activating replaces the tuple; it visits no layer, so its
+    cost depends
+    neither on the number of layers nor on the number of adapters.
+    """
+
+    def __init__(self) -> None:
+        self.active: tuple[tuple[str, float], ...] = ()
+
+
+class AdaptedModule(nn.Module):
+    """What adapted layers and replaced modules share. Never instantiated: a module is given a subclass of this as its class.
+
+    Attributes:
+        lorakit_updates: slot -> what that adapter changes here.
+        lorakit_state: the model's ActiveState.
+    """
+
+    lorakit_updates: nn.ModuleDict
+    lorakit_state: ActiveState
+
+    def active_updates(self) -> list[tuple[nn.Module, float]]:
+        """What is active here: (update, weight) in the order of activation."""
+        updates = self.lorakit_updates
+        return [(updates[slot], weight) for slot, weight in self.lorakit_state.active if slot in updates]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # The generated class has no importable name: copy and pickle remake it from its two parents.
+        mixin, base = type(self).__bases__
+        return _remake, (mixin, base), self.__dict__
+
+
+class AdaptedLayer(AdaptedModule):
+    """A layer that multiplies, with the low-rank updates and biases of any number of adapters.
+
+    Attributes:
+        lorakit_site: how the layer multiplies; None where only its bias is trained.
+    """
+
+    lorakit_site: Site | None
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """The base's output plus, for each active adapter with weight w: w s B A x + w (bias - base bias)."""
+        active = cast("list[tuple[LayerUpdate, float]]", self.active_updates())
+        if not active:
+            return super().forward(x, *args, **kwargs)  # type: ignore[no-any-return]
+        if len(active) == 1 and not args and not kwargs:
+            (update, weight) = active[0]
+            if update.lora is not None and update.bias is None and self.lorakit_site is not None:
+                fused = update.lora.fused_forward(self.lorakit_site, self, x, weight)
+                if fused is not None:
+                    return fused
+        y: torch.Tensor = super().forward(x, *args, **kwargs)
+        for update, weight in active:
+            if update.lora is not None and self.lorakit_site is not None:
+                low_rank = update.lora(self.lorakit_site, self, x, y.dtype)
+                y = y + (low_rank if weight == 1.0 else low_rank * weight)
+            if update.bias is not None:
+                y = y + self._along_output(weight * (update.bias - self.bias.float()), y)
+        return y
+
+    def _along_output(self, bias: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """A (out,) bias shaped and typed to be added to `y`."""
+        dim = bias_dim(self, self.lorakit_site)
+        shape = [1] * y.ndim
+        shape[dim] = -1
+        return bias.view(shape).to(y.dtype)
+
+
+class ReplacedModule(AdaptedModule):
+    """A module of which adapters hold whole trained copies (`modules_to_save`)."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The base, or the module with the parameters that the active copies make."""
+        active = cast("list[tuple[Replacement, float]]", self.active_updates())
+        if not active:
+            return super().forward(*args, **kwargs)
+        return call_replaced(base_parameters(self), active, *args, **kwargs)
+
+
+def base_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """A module's parameters by name, without what adapters hold in it or below it."""
+    return {name: p for name, p in module.named_parameters() if "lorakit_updates." not in name}
+
+
+_CHANNELS_FIRST = (nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm, nn.GroupNorm)
+_LAST_DIM = (nn.Linear, nn.LayerNorm)
+
+
+def bias_dim(layer: nn.Module, site: Site | None) -> int | None:
+    """The dimension of the output along which the layer adds its bias; None where that is unknown."""
+    if site is not None:
+        return site.bias_dim
+    if isinstance(layer, _CHANNELS_FIRST):
+        return 1
+    return -1 if isinstance(layer, _LAST_DIM) else None
+
+
+@functools.cache
+def _subclass(mixin: type[AdaptedModule], base: type[nn.Module]) -> type[AdaptedModule]:
+    name = f"{'Adapted' if mixin is AdaptedLayer else 'Replaced'}{base.__name__}"
+    return type(name, (mixin, base), {"__module__": base.__module__, "__doc__": base.__doc__})
+
+
+def _remake(mixin: type[AdaptedModule], base: type[nn.Module]) -> AdaptedModule:
+    cls = _subclass(mixin, base)
+    return cls.__new__(cls)
+
+
+def adapt(module: nn.Module, mixin: type[AdaptedModule], state: ActiveState) -> AdaptedModule:
+    """Give `module` the class that reads updates (if it has it not yet) and return it, the same object."""
+    if isinstance(module, AdaptedModule):
+        assert isinstance(module, mixin), "a module is adapted or replaced, never both"
+        return module
+    module.__class__ = _subclass(mixin, type(module))
+    adapted = cast("AdaptedModule", module)
+    adapted.lorakit_updates = nn.ModuleDict()
+    adapted.lorakit_state = state
+    return adapted
+
+
+def restore(module: AdaptedModule) -> nn.Module:
+    """Give a module its own class back; nothing of lorakit stays in it."""
+    del module.lorakit_updates
+    for name in ("lorakit_state", "lorakit_site"):
+        module.__dict__.pop(name, None)
+    module.__class__ = type(module).__bases__[1]
+    return module

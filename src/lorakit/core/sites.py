@@ -1,0 +1,181 @@
+"""How a layer multiplies. A Site knows, for one kind of layer, the shapes of A and B, how an input goes through them, and what dense
+weight they make. It knows nothing of scales, dropout or which adapter is active.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from lorakit.core import lowrank
+from lorakit.errors import TargetError
+
+
+class Site:
+    """Base of all sites. Stateless: one instance serves every layer of its kind."""
+
+    kind = "matrix"  # how the factors lie in files: matrix, embedding or convolution
+    bias_dim = -1  # dimension of the output along which a bias runs
+
+    def shapes(self, layer: nn.Module, r: int, path: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Shapes of A and B for rank `r`.
+
+        Raises:
+            TargetError: this layer cannot carry that rank.
+        """
+        raise NotImplementedError
+
+    def down(self, layer: nn.Module, x: torch.Tensor, A: torch.Tensor) -> torch.Tensor:
+        """The input through A: what the layer would do with A for its weight and no bias."""
+        raise NotImplementedError
+
+    def up(self, layer: nn.Module, h: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
+        """The result of `down` through B."""
+        raise NotImplementedError
+
+    def dense(self, A: torch.Tensor, B: torch.Tensor, s: float) -> torch.Tensor:
+        """s B A in the layout of the layer's weight."""
+        raise NotImplementedError
+
+
+class LinearSite(Site):
+    """`nn.Linear`: y = x W^T with W (out, in)."""
+
+    def shapes(self, layer: nn.Module, r: int, path: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """A (r, in), B (out, r)."""
+        out_features, in_features = layer.weight.shape
+        return (r, in_features), (out_features, r)
+
+    def down(self, layer: nn.Module, x: torch.Tensor, A: torch.Tensor) -> torch.Tensor:
+        """(..., in) -> (..., r)."""
+        return F.linear(x, A)
+
+    def up(self, layer: nn.Module, h: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
+        """(..., r) -> (..., out)."""
+        return F.linear(h, B)
+
+    def dense(self, A: torch.Tensor, B: torch.Tensor, s: float) -> torch.Tensor:
+        """(out, in)."""
+        return lowrank.matrix_delta(A, B, s)
+
+
+class TransposedLinearSite(LinearSite):
+    """transformers' `Conv1D` (GPT-2): y = x W with W (in, out)."""
+
+    def shapes(self, layer: nn.Module, r: int, path: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """A (r, in), B (out, r)."""
+        in_features, out_features = layer.weight.shape
+        return (r, in_features), (out_features, r)
+
+    def dense(self, A: torch.Tensor, B: torch.Tensor, s: float) -> torch.Tensor:
+        """(in, out)."""
+        return lowrank.matrix_delta(A, B, s).T
+
+
+class EmbeddingSite(Site):
+    """`nn.Embedding`: rows of W (vocabulary, dim) by index. A lookup is a product with one-hot rows, so A (r, vocabulary), B (dim, r)."""
+
+    kind = "embedding"
+
+    def shapes(self, layer: nn.Module, r: int, path: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """A (r, vocabulary), B (dim, r)."""
+        vocabulary, dim = layer.weight.shape
+        return (r, vocabulary), (dim, r)
+
+    def down(self, layer: nn.Module, x: torch.Tensor, A: torch.Tensor) -> torch.Tensor:
+        """Indices (...) -> (..., r). The padding index gets no gradient, as in the layer itself."""
+        return F.embedding(x, A.T, padding_idx=layer.padding_idx)  # type: ignore[arg-type]
+
+    def up(self, layer: nn.Module, h: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
+        """(..., r) -> (..., dim), times the factor by which some models (Gemma) scale their embeddings."""
+        update = F.linear(h, B)
+        return update * layer.embed_scale.to(update.dtype) if hasattr(layer, "embed_scale") else update
+
+    def dense(self, A: torch.Tensor, B: torch.Tensor, s: float) -> torch.Tensor:
+        """(vocabulary, dim)."""
+        return lowrank.matrix_delta(A, B, s).T
+
+
+class ConvolutionSite(Site):
+    """`nn.Conv1d/2d/3d`: A is a convolution of the layer's own geometry onto r channels, B a 1x1 convolution.
+
+    With groups, both are grouped, so that B A is a weight of the layer's shape and can be merged.
+    """
+
+    kind = "convolution"
+    bias_dim = 1
+
+    def shapes(self, layer: nn.Module, r: int, path: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """A (r, in / groups, *kernel), B (out, r / groups, 1, ...)."""
+        groups = int(layer.groups)  # type: ignore[arg-type]
+        out_channels, in_per_group, *kernel = layer.weight.shape
+        if r % groups:
+            raise TargetError(
+                f"{path}: a convolution with {groups} groups needs a rank divisible by {groups} (got {r})"
+            )
+        return (r, in_per_group, *kernel), (out_channels, r // groups, *[1] * len(kernel))
+
+    def down(self, layer: Any, x: torch.Tensor, A: torch.Tensor) -> torch.Tensor:
+        """(N, in, *size) -> (N, r, *size')."""
+        padding = layer.padding
+        if layer.padding_mode != "zeros":
+            x, padding = F.pad(x, layer._reversed_padding_repeated_twice, mode=layer.padding_mode), 0
+        # PEFT's A reads all input channels whatever the groups; such a file works here too, it just cannot be merged.
+        groups = x.shape[-A.ndim + 1] // A.shape[1]
+        y: torch.Tensor = _CONVOLUTIONS[A.ndim - 2](x, A, None, layer.stride, padding, layer.dilation, groups)
+        return y
+
+    def up(self, layer: Any, h: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
+        """(N, r, *size') -> (N, out, *size')."""
+        y: torch.Tensor = _CONVOLUTIONS[B.ndim - 2](h, B, groups=layer.groups)
+        return y
+
+    def dense(self, A: torch.Tensor, B: torch.Tensor, s: float) -> torch.Tensor:
+        """(out, in / groups, *kernel)."""
+        return lowrank.convolution_delta(A, B, s)
+
+
+_CONVOLUTIONS: dict[int, Any] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+
+LINEAR, TRANSPOSED_LINEAR, EMBEDDING, CONVOLUTION = (
+    LinearSite(),
+    TransposedLinearSite(),
+    EmbeddingSite(),
+    ConvolutionSite(),
+)
+
+
+def site_of(layer: nn.Module) -> Site | None:
+    """The site of a layer, or None where lorakit cannot tell how it multiplies.
+
+    A subclass that overrides `forward` is not its parent: it may scale, gather or quantise, and an update added to its
+    output would be
+    wrong without notice. Only the known ones count.
+    """
+    adapted = layer.__dict__.get("lorakit_site")  # an adapted layer carries its site; its class has a forward of ours
+    if adapted is not None:
+        return adapted  # type: ignore[no-any-return]
+    kind = type(layer)
+    if isinstance(layer, nn.Linear):
+        return (
+            LINEAR if kind.forward is nn.Linear.forward and kind.__name__ != "NonDynamicallyQuantizableLinear" else None
+        )
+    if isinstance(layer, nn.Embedding):
+        plain = kind.forward is nn.Embedding.forward or hasattr(layer, "embed_scale")
+        return EMBEDDING if plain and layer.max_norm is None else None  # max_norm rewrites W in its forward
+    for convolution in (nn.Conv1d, nn.Conv2d, nn.Conv3d):
+        if isinstance(layer, convolution):
+            return CONVOLUTION if kind.forward is convolution.forward else None
+    transformers_utils = sys.modules.get("transformers.pytorch_utils")
+    if transformers_utils is not None and kind is transformers_utils.Conv1D:
+        return TRANSPOSED_LINEAR
+    return None
+
+
+def is_linear(layer: nn.Module) -> bool:
+    """Whether "all-linear" means this layer."""
+    return isinstance(site_of(layer), LinearSite)

@@ -1,0 +1,51 @@
+"""How a frozen weight is stored: read it as a dense tensor, write one back or refuse."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from lorakit.errors import TargetError
+
+
+class BaseWeight(Protocol):
+    """One way of storing the weight of a layer."""
+
+    def read(self, layer: nn.Module) -> torch.Tensor:
+        """The dense weight, in the layer's own layout; never a copy where the storage is dense already."""
+        ...
+
+    def write(self, layer: nn.Module, weight: torch.Tensor) -> None:
+        """Store `weight` in place (the parameter stays the same object), or raise where the storage cannot hold it."""
+        ...
+
+
+class Dense:
+    """A plain floating-point parameter called `weight`."""
+
+    def read(self, layer: nn.Module) -> torch.Tensor:
+        """The parameter itself."""
+        weight: torch.Tensor = layer.get_parameter("weight")
+        return weight
+
+    @torch.no_grad()
+    def write(self, layer: nn.Module, weight: torch.Tensor) -> None:
+        """Copy into the parameter, rounding to its dtype; tied parameters see it too."""
+        layer.get_parameter("weight").copy_(weight)
+
+
+def base_weight_of(layer: nn.Module, path: str) -> BaseWeight:
+    """The storage of a layer's weight.
+
+    Raises:
+        TargetError: the weight is stored in a way lorakit does not read.
+    """
+    weight = getattr(layer, "weight", None)
+    if isinstance(weight, nn.Parameter) and weight.is_floating_point():
+        return Dense()
+    raise TargetError(
+        f"{path}: {type(layer).__name__} stores its weight as {getattr(weight, 'dtype', type(weight).__name__)}, which this version "
+        "does not read; load the base in fp32, bf16 or fp16, or leave the layer out with exclude_modules"
+    )

@@ -1,0 +1,281 @@
+"""PEFT's adapter folder: `adapter_config.json` and `adapter_model.safetensors`.
+
+Tensor names are `base_model.model.<path>.` and then: `lora_A.weight`, `lora_B.weight`; `lora_embedding_A`,
+`lora_embedding_B`; `base_layer.bias` or
+`bias` for trained biases; the module's own names for `modules_to_save`. What this version does not know is refused by
+name: a setting
+that is ignored may be the one that scales the update.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+import lorakit
+from lorakit.adapter.config import LoRAConfig
+from lorakit.adapter.value import Adapter, BaseInfo, Factors
+from lorakit.errors import AdapterFileError, ConfigError, FileError, bullet_list
+from lorakit.files import parse_json, read_json, read_safetensors, write_json, write_safetensors
+
+CONFIG_FILE = "adapter_config.json"
+TENSOR_FILE = "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+_LORA_KEY = re.compile(r"(?P<path>.+)\.(?:(?P<matrix>lora_[AB])\.weight|lora_embedding_(?P<embedding>[AB]))")
+
+# adapter_config.json: what says nothing about the function of the adapter ...
+_NEUTRAL = {"auto_mapping", "base_model_name_or_path", "inference_mode", "megatron_config", "megatron_core",
+"peft_type", "peft_version",
+            "revision", "task_type", "fan_in_fan_out", "layers_pattern", "runtime_config", "ensure_weight_tying", "lora_ga_config",
+            "corda_config", "eva_config", "loftq_config", "kasa_config", "qalora_group_size"}  # fmt: skip
+# ... and what this codec reads. Any other key must hold a value that switches its feature off.
+_READ = {"r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "rank_pattern", "alpha_pattern",
+"bias", "modules_to_save",
+         "layers_to_transform", "use_rslora", "init_lora_weights"}  # fmt: skip
+_OFF: tuple[Any, ...] = (None, False, {}, [], "")
+# initialisations that left the base as it was, so that the adapter means the same on it
+_INIT_ON_PRISTINE_BASE = {
+    True: "default",
+    False: "default",
+    "gaussian": "gaussian",
+    "orthogonal": "orthogonal",
+    "eva": "default",
+}
+
+_TASK_TYPES = {"ForCausalLM": "CAUSAL_LM", "LMHeadModel": "CAUSAL_LM", "ForSequenceClassification": "SEQ_CLS",
+               "ForTokenClassification": "TOKEN_CLS", "ForQuestionAnswering": "QUESTION_ANS",
+               "ForConditionalGeneration": "SEQ_2_SEQ_LM"}  # fmt: skip
+
+
+# ---------------------------------------------------------------- writing
+
+
+def write(adapter: Adapter, folder: Path) -> Path:
+    """Write both files into `folder` (created if need be), the config last; return the folder."""
+    write_safetensors(
+        folder / TENSOR_FILE, _named_tensors(adapter), {"format": "pt", "lorakit": _our_metadata(adapter)}
+    )
+    write_json(folder / CONFIG_FILE, _config_for_peft(adapter))
+    return folder
+
+
+def _named_tensors(adapter: Adapter) -> dict[str, torch.Tensor]:
+    tensors: dict[str, torch.Tensor] = {}
+    for path, f in adapter.factors.items():
+        if f.kind == "embedding":
+            tensors |= {f"{path}.lora_embedding_A": f.A, f"{path}.lora_embedding_B": f.B}
+        else:
+            tensors |= {f"{path}.lora_A.weight": _ungrouped(f), f"{path}.lora_B.weight": f.B}
+    for path, bias in adapter.biases.items():
+        tensors[f"{path}.base_layer.bias" if path in adapter.factors else f"{path}.bias"] = bias
+    return {_PREFIX + name: tensor for name, tensor in (tensors | dict(adapter.replaced)).items()}
+
+
+def _ungrouped(f: Factors) -> torch.Tensor:
+    """PEFT's A reads all input channels even where the convolution is grouped: spread each group's rows over zeros, exactly."""
+    groups = f.r // f.B.shape[1]
+    if f.kind != "convolution" or groups == 1:
+        return f.A
+    rows, width = f.r // groups, f.A.shape[1]
+    wide = f.A.new_zeros(f.r, width * groups, *f.A.shape[2:])
+    for g in range(groups):
+        wide[g * rows : (g + 1) * rows, g * width : (g + 1) * width] = f.A[g * rows : (g + 1) * rows]
+    return wide
+
+
+def _config_for_peft(adapter: Adapter) -> dict[str, Any]:
+    config, base = adapter.config, adapter.base
+    architecture = base.architecture if base else ""
+    ranks, alphas = _patterns(adapter)
+    return {
+        "auto_mapping": None,
+        "base_model_name_or_path": base.name if base else None,
+        "bias": config.bias,
+        "exclude_modules": config.to_dict()["exclude_modules"],
+        "fan_in_fan_out": architecture.startswith("GPT2"),
+        "inference_mode": True,
+        "init_lora_weights": True if config.init == "default" else config.init,
+        "layers_to_transform": config.to_dict()["layers"],
+        "lora_alpha": int(config.alpha) if config.alpha == int(config.alpha) else config.alpha,
+        "lora_dropout": config.dropout,
+        "modules_to_save": list(config.modules_to_save) or None,
+        "peft_type": "LORA",
+        "r": config.r,
+        "rank_pattern": ranks,
+        "alpha_pattern": alphas,
+        "revision": None,
+        "target_modules": config.to_dict()["target_modules"],
+        "task_type": next((task for end, task in _TASK_TYPES.items() if architecture.endswith(end)), None),
+        "use_dora": False,
+        "use_rslora": config.scaling == "rslora",
+    }
+
+
+def _patterns(adapter: Adapter) -> tuple[dict[str, int], dict[str, float]]:
+    """rank_pattern and alpha_pattern that give every factor its own r and alpha: the config's, with whole paths where they do not."""
+    config = adapter.config
+    ranks, alphas = dict(config.rank_pattern), dict(config.alpha_pattern)
+    wrong_r = {re.escape(p): f.r for p, f in adapter.factors.items() if _by_pattern(ranks, p, config.r) != f.r}
+    wrong_alpha = {
+        re.escape(p): f.alpha for p, f in adapter.factors.items() if _by_pattern(alphas, p, config.alpha) != f.alpha
+    }
+    return wrong_r | ranks, wrong_alpha | alphas  # the first pattern that matches counts, so whole paths come first
+
+
+def _by_pattern(patterns: dict[str, Any], path: str, otherwise: float) -> float:
+    return next((value for key, value in patterns.items() if re.fullmatch(rf"(.*\.)?({key})", path)), otherwise)
+
+
+def _our_metadata(adapter: Adapter) -> str:
+    base = asdict(adapter.base) if adapter.base else None
+    return json.dumps(
+        {"version": lorakit.__version__, "base": base, "metadata": dict(adapter.metadata)}, sort_keys=True
+    )
+
+
+# ---------------------------------------------------------------- reading
+
+
+def read(path: Path) -> Adapter:
+    """Read an adapter folder (or the tensor file inside one).
+
+    Raises:
+        AdapterFileError: a file is missing or damaged, a setting is not supported, a tensor has no meaning or no
+        partner.
+    """
+    folder = path if path.is_dir() else path.parent
+    tensor_file = folder / TENSOR_FILE
+    missing = [name for name in (CONFIG_FILE, TENSOR_FILE) if not (folder / name).is_file()]
+    if missing:
+        raise AdapterFileError(
+            f"{folder}: not an adapter folder: {' and '.join(missing)} not in it{_what_is_there(folder)}"
+        )
+    try:
+        values = read_json(folder / CONFIG_FILE)
+        tensors, metadata = read_safetensors(tensor_file)
+    except FileError as error:
+        raise AdapterFileError(str(error)) from error
+    config = _read_config(values, folder / CONFIG_FILE)
+    base, extra = _read_our_metadata(metadata, tensor_file)
+    if base is None and values.get("base_model_name_or_path"):
+        base = BaseInfo(name=values["base_model_name_or_path"], architecture="", dtype="", structure="", samples=())
+    return _sort_tensors(tensors, config, tensor_file, base, extra)
+
+
+def _what_is_there(folder: Path) -> str:
+    if not folder.is_dir():
+        return ""
+    if (folder / "adapter_model.bin").is_file():
+        return ". It holds adapter_model.bin, a pickle, which can run code: have PEFT save it again with safe_serialization=True"
+    inside = sorted(p.parent.name for p in folder.glob(f"*/{CONFIG_FILE}"))
+    return f"; adapters are in its folders {', '.join(inside)}" if inside else ""
+
+
+def _read_config(values: Any, where: Path) -> LoRAConfig:
+    if not isinstance(values, dict):
+        raise AdapterFileError(f"{where}: expected an object, found {type(values).__name__}")
+    problems = []
+    if values.get("peft_type") != "LORA":
+        problems.append(f"peft_type is {values.get('peft_type')!r}; this version reads LORA")
+    init = values.get("init_lora_weights", True)
+    if not isinstance(init, bool | str) or init not in _INIT_ON_PRISTINE_BASE:
+        problems.append(
+            f"init_lora_weights is {init!r}, which changed the base it was trained on; have PEFT convert it "
+            "(save_pretrained with path_initial_model_for_weight_conversion) to a plain LoRA"
+        )
+    for key, value in values.items():
+        if key not in _NEUTRAL | _READ and value not in _OFF:
+            problems.append(f"{key} is {value!r}, which this version does not support")
+    if not problems:
+        layers = values.get("layers_to_transform")
+        try:
+            return LoRAConfig(
+                r=values.get("r", 8),
+                alpha=values.get("lora_alpha", 8),
+                dropout=values.get("lora_dropout", 0.0),
+                target_modules=values.get("target_modules") or (),
+                exclude_modules=values.get("exclude_modules") or None,
+                rank_pattern=values.get("rank_pattern") or {},
+                alpha_pattern=values.get("alpha_pattern") or {},
+                layers=(layers,) if isinstance(layers, int) else tuple(layers) if layers else None,
+                scaling="rslora" if values.get("use_rslora") else "lora",
+                init=_INIT_ON_PRISTINE_BASE[init],  # type: ignore[arg-type]
+                bias=values.get("bias", "none"),
+                modules_to_save=tuple(values.get("modules_to_save") or ()),
+            )
+        except (ConfigError, TypeError) as error:
+            problems.append(str(error))
+    raise AdapterFileError(f"{where}: cannot be used:\n{bullet_list(problems)}")
+
+
+def _read_our_metadata(metadata: dict[str, str], where: Path) -> tuple[BaseInfo | None, dict[str, str]]:
+    if "lorakit" not in metadata:
+        return None, {}
+    try:
+        ours = parse_json(metadata["lorakit"], f"{where} (lorakit metadata)")
+        base = ours["base"]
+        return (BaseInfo(**{**base, "samples": tuple(base["samples"])}) if base else None), dict(ours["metadata"])
+    except (FileError, KeyError, TypeError) as error:
+        raise AdapterFileError(f"{where}: its lorakit metadata is damaged: {error}") from None
+
+
+def _sort_tensors(
+    tensors: dict[str, torch.Tensor], config: LoRAConfig, where: Path, base: BaseInfo | None, metadata: dict[str, str]
+) -> Adapter:
+    """Give every tensor its place in the value, or say that it has none."""
+    problems: list[str] = []
+    pairs: dict[str, dict[str, torch.Tensor]] = {}
+    kinds: dict[str, Literal["matrix", "embedding", "convolution"]] = {}
+    biases: dict[str, torch.Tensor] = {}
+    replaced: dict[str, torch.Tensor] = {}
+    saved = re.compile("|".join(rf"(?:.*\.)?{re.escape(name)}\..+" for name in config.modules_to_save) or r"(?!)")
+    for key in sorted(tensors):
+        name = key.removeprefix(_PREFIX)
+        if name == key:
+            problems.append(f"{key}: does not begin with {_PREFIX!r}")
+        elif match := _LORA_KEY.fullmatch(name):
+            path, letter = match["path"], (match["matrix"] or match["embedding"])[-1]
+            pairs.setdefault(path, {})[letter] = tensors[key]
+            kinds[path] = "embedding" if match["embedding"] else "convolution" if tensors[key].ndim > 2 else "matrix"
+        elif saved.fullmatch(name):
+            replaced[name] = tensors[key]
+        elif name.endswith(".bias") and config.bias != "none":
+            biases[name.removesuffix(".bias").removesuffix(".base_layer")] = tensors[key]
+        else:
+            problems.append(f"{key}: unexpected; no low-rank factor, and not named by bias or modules_to_save")
+    factors = {}
+    for path, pair in pairs.items():
+        if len(pair) == 1:
+            problems.append(f"{path}: lora_{'B' if 'A' in pair else 'A'} is missing")
+            continue
+        A, B = pair["A"], pair["B"]
+        if kinds[path] == "convolution":
+            A = _grouped(A, B)
+        expected = int(_by_pattern(config.rank_pattern, path, config.r))
+        if A.shape[0] != expected:
+            problems.append(
+                f"{path}: rank {A.shape[0]} in the tensors, {expected} in the config, so its scale is unknown"
+            )
+        factors[path] = Factors(A=A, B=B, alpha=_by_pattern(config.alpha_pattern, path, config.alpha), kind=kinds[path])
+    if problems:
+        raise AdapterFileError(f"{where}: nothing loaded:\n{bullet_list(problems)}")
+    return Adapter(config=config, factors=factors, biases=biases, replaced=replaced, base=base, metadata=metadata)
+
+
+def _grouped(A: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
+    """Undo `_ungrouped` where A is zero outside its group; else A stays as it is (such an update works, but cannot be merged)."""
+    if B.ndim < 2 or B.shape[1] == 0 or A.shape[0] % B.shape[1]:
+        return A  # malformed; Adapter.check says so
+    groups = A.shape[0] // B.shape[1]
+    if groups == 1 or A.shape[1] % groups:
+        return A
+    blocks = A.unflatten(0, (groups, -1)).unflatten(2, (groups, -1))  # (g, r/g, g, in/g, *kernel)
+    own = torch.stack([blocks[g, :, g] for g in range(groups)])
+    if int(torch.count_nonzero(A)) != int(torch.count_nonzero(own)):
+        return A
+    return own.flatten(0, 1).contiguous()

@@ -39,7 +39,7 @@ _PUBLIC = {
     "train": "lorakit.training.run",
 }
 
-__all__ = ["__version__", *_PUBLIC]  # noqa: PLE0604 - the names are strings, spread from the table above
+__all__ = ["__version__", *_PUBLIC]
 
 
 def __getattr__(name: str) -> Any:

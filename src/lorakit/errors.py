@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Sequence
+from typing import Self
 
 
 class LorakitError(Exception):
@@ -11,7 +12,16 @@ class LorakitError(Exception):
 
 
 class ConfigError(LorakitError, ValueError):
-    """A setting that is unknown, of the wrong type, out of range or at odds with another."""
+    """A setting that is unknown, of the wrong type, out of range or at odds with another; `problems` holds each as one sentence."""
+
+    problems: tuple[str, ...] = ()
+
+    @classmethod
+    def listing(cls, where: str, problems: Sequence[str]) -> Self:
+        """One error for all `problems` found in `where`."""
+        error = cls(f"{where}: {len(problems)} problem{'s' if len(problems) > 1 else ''}:\n{bullet_list(problems)}")
+        error.problems = tuple(problems)
+        return error
 
 
 class TargetError(ConfigError):

@@ -70,7 +70,9 @@ def training_dtype(device: torch.device) -> torch.dtype:
 
 
 def _matmul_speedup(dtype: torch.dtype) -> float:
-    """How many times faster a CPU matrix product of a layer's size is in `dtype` than in fp32 (best of five each, about 20 ms)."""
+    """How many times faster a CPU matrix product of a layer's size is in `dtype` than in fp32 (best of five each,
+    about 20 ms).
+    """
     best = {}
     for candidate in (torch.float32, dtype):
         x, w = torch.ones(256, 768, dtype=candidate), torch.ones(1536, 768, dtype=candidate)
@@ -85,7 +87,8 @@ def _matmul_speedup(dtype: torch.dtype) -> float:
 
 
 def tune_allocator() -> bool:
-    """Keep freed blocks of up to 1 GiB in the process instead of giving them back to the kernel at each free (glibc only).
+    """Keep freed blocks of up to 1 GiB in the process instead of giving them back to the kernel at each free (glibc
+    only).
 
     Training frees and asks for the same big blocks thousands of times; each return costs page faults (measured:
     filling 124 MB takes

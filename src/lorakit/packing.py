@@ -1,4 +1,5 @@
-"""Rows of different length through a causal language model as one sequence: no padding, no leak between rows. Knows no loss.
+"""Rows of different length through a causal language model as one sequence: no padding, no leak between rows. Knows no
+loss.
 
 All rows of a micro-batch are laid end to end as (1, T) tokens with positions that restart at each row. Everything in a
 transformer but attention
@@ -44,14 +45,18 @@ class _Group:
 
 
 class _Layout:
-    """How the rows of a micro-batch lie in the packed sequence. Handed down to every attention layer; its groups are made once."""
+    """How the rows of a micro-batch lie in the packed sequence. Handed down to every attention layer; its groups are
+    made once.
+    """
 
     def __init__(self, lengths: tuple[int, ...]) -> None:
         self.lengths = lengths
         self._groups: dict[tuple[torch.device, int | None], list[_Group]] = {}
 
     def groups(self, device: torch.device, window: int | None) -> list[_Group]:
-        """Neighbouring rows whose lengths differ by less than an eighth, for a device and a sliding window (None: full)."""
+        """Neighbouring rows whose lengths differ by less than an eighth, for a device and a sliding window (None:
+        full).
+        """
         key = (device, window)
         if key not in self._groups:
             self._groups[key] = list(_make_groups(self.lengths, device, window))
@@ -78,7 +83,7 @@ def _make_groups(lengths: tuple[int, ...], device: torch.device, window: int | N
         distance = offset[:, None] - offset[None, :]  # (n, n) query - key
         blocked = (distance < 0) | ~real[:, None, None, :]  # (k, 1, n, n)
         windowed = window is not None and longest > window
-        if windowed:
+        if window is not None and windowed:
             blocked = blocked | (distance >= window)
         # A padded query sees nothing; it may see itself so that its softmax stays finite. Nothing reads its result.
         blocked = blocked & (distance != 0)
@@ -144,13 +149,20 @@ def _attend_padded(
     dropout: float,
     softcap: float | None,
 ) -> torch.Tensor:
-    """Rows of a group by plain batched products, which beat the fused call on many short rows. Shapes as in `_attend_fused`."""
+    """Rows of a group by plain batched products, which beat the fused call on many short rows. Shapes as in
+    `_attend_fused`.
+    """
     rows, n, heads, kv_heads = group.rows, group.longest, q.shape[1], k.shape[1]
     shared = heads // kv_heads  # query heads that read one key head; laid below each other, so that no key is copied
-    q = _Pad.apply(q, group.gather, group.scatter).view(rows, n, kv_heads, shared, -1)
+
+    def pad(x: torch.Tensor) -> torch.Tensor:  # (tokens, heads, D) -> (rows * n, heads, D)
+        padded: torch.Tensor = _Pad.apply(x, group.gather, group.scatter)  # type: ignore[no-untyped-call]
+        return padded
+
+    q = pad(q).view(rows, n, kv_heads, shared, -1)
     q = q.permute(0, 2, 3, 1, 4).reshape(rows * kv_heads, shared * n, -1)
-    k = _Pad.apply(k, group.gather, group.scatter).view(rows, n, kv_heads, -1).permute(0, 2, 3, 1)
-    v = _Pad.apply(v, group.gather, group.scatter).view(rows, n, kv_heads, -1).transpose(1, 2)
+    k = pad(k).view(rows, n, kv_heads, -1).permute(0, 2, 3, 1)
+    v = pad(v).view(rows, n, kv_heads, -1).transpose(1, 2)
     scores = torch.bmm(q * scale, k.reshape(rows * kv_heads, -1, n))  # (rows * H_kv, shared * n, n)
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
@@ -160,7 +172,7 @@ def _attend_padded(
         probabilities = F.dropout(probabilities, dropout)
     out = torch.bmm(probabilities.view(rows * kv_heads, shared * n, n), v.reshape(rows * kv_heads, n, -1))
     out = out.view(rows, kv_heads, shared, n, -1).permute(0, 3, 1, 2, 4)
-    packed: torch.Tensor = _Unpad.apply(out.reshape(rows * n, heads, -1), group.scatter)
+    packed: torch.Tensor = _Unpad.apply(out.reshape(rows * n, heads, -1), group.scatter)  # type: ignore[no-untyped-call]
     return packed
 
 
@@ -176,7 +188,9 @@ def _packed_attention_forward(
     softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """The attention function given to transformers. query (1, H, T, D), key and value (1, H_kv, T, D) -> (1, T, H, D)."""
+    """The attention function given to transformers. query (1, H, T, D), key and value (1, H_kv, T, D) -> (1, T, H,
+    D).
+    """
     unknown = [name for name in ("s_aux", "position_bias", "cache") if kwargs.get(name) is not None]
     if unknown or attention_mask is not None or query.shape[0] != 1:
         raise NotImplementedError(f"packed attention knows no {', '.join(unknown) or 'mask'}")
@@ -184,7 +198,7 @@ def _packed_attention_forward(
     scale = q.shape[-1] ** -0.5 if scaling is None else scaling
     pieces = []
     for group in kwargs[_LAYOUT].groups(q.device, sliding_window):
-        part = (x[group.start : group.stop] for x in (q, k, v))
+        part = (q[group.start : group.stop], k[group.start : group.stop], v[group.start : group.stop])
         if group.rows == 1 and softcap is None:
             pieces.append(_attend_fused(*part, group, scale, dropout))
         else:
@@ -202,7 +216,8 @@ _packs: weakref.WeakKeyDictionary[torch.nn.Module, bool] = weakref.WeakKeyDictio
 
 @contextlib.contextmanager
 def packed_attention(model: torch.nn.Module) -> Iterator[bool]:
-    """Let `packed_logits` run rows of `model` end to end. The model's own attention is back afterwards, whatever is raised.
+    """Let `packed_logits` run rows of `model` end to end. The model's own attention is back afterwards, whatever is
+    raised.
 
     The first time a model is entered, a probe runs four short rows through it, packed and alone (see `_probe`).
 

@@ -1,4 +1,6 @@
-"""The doors between adapters and models: `attach` puts adapters into a model in place, `extract` takes them out as values."""
+"""The doors between adapters and models: `attach` puts adapters into a model in place, `extract` takes them out as
+values.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +51,8 @@ def attach(
     seed: int = 0,
     check_base: bool = True,
 ) -> AttachedAdapters:
-    """Give `model` its first adapter, in place, and activate it. The base is frozen: only the adapter's tensors can be trained.
+    """Give `model` its first adapter, in place, and activate it. The base is frozen: only the adapter's tensors can be
+    trained.
 
     Args:
         model: any `nn.Module` with layers that multiply.
@@ -134,7 +137,9 @@ class AttachedAdapters:
 
     @contextlib.contextmanager
     def disabled(self) -> Iterator[None]:
-        """Within the block the model is the base; what was active before is active again afterwards, whatever is raised."""
+        """Within the block the model is the base; what was active before is active again afterwards, whatever is
+        raised.
+        """
         before = self._state.active
         self._state.active = ()
         try:
@@ -171,7 +176,7 @@ class AttachedAdapters:
         self._refuse_overlap(targets, modules)
         if isinstance(adapter, Adapter):
             self._refuse_mismatch(adapter, targets, modules, check_base=check_base)
-            updates = dict(_loaded_updates(adapter, targets))
+            updates: dict[str, LayerUpdate | Replacement] = dict(_loaded_updates(adapter, targets))
             updates |= {path: _loaded_replacement(adapter, path, modules[path]) for path in targets.replaced}
         else:
             updates = dict(_fresh_updates(config, targets, modules, seed))
@@ -222,7 +227,9 @@ class AttachedAdapters:
             AdapterError: no such adapter.
         """
         resident = self._resident(name)
-        factors, biases, replaced = {}, {}, {}
+        factors: dict[str, Factors] = {}
+        biases: dict[str, torch.Tensor] = {}
+        replaced: dict[str, torch.Tensor] = {}
         for path, update in resident.updates():
             if isinstance(update, Replacement):
                 replaced |= {f"{path}.{key}": _copied(tensor) for key, tensor in update.copy.state_dict().items()}
@@ -246,7 +253,9 @@ class AttachedAdapters:
     # ------------------------------------------------------------ about
 
     def trainable_tensors(self, name: str = "default") -> dict[str, nn.Parameter]:
-        """All tensors an adapter trains, by stable names: "<path>.A", "<path>.B", "<path>.bias", or the parameter's own name."""
+        """All tensors an adapter trains, by stable names: "<path>.A", "<path>.B", "<path>.bias", or the parameter's
+        own name.
+        """
         return {
             f"{path}.{tensor}": parameter
             for path, update in self._resident(name).updates()
@@ -307,8 +316,8 @@ class AttachedAdapters:
         clash += [path for path in targets.replaced if isinstance(modules[path], AdaptedLayer)]
         if clash:
             raise TargetError(
-                "trained whole (modules_to_save) by one adapter and by low-rank update or bias by another, which cannot share a "
-                f"model:\n{bullet_list(clash)}"
+                "trained whole (modules_to_save) by one adapter and by low-rank update or bias by another, "
+                f"which cannot share a model:\n{bullet_list(clash)}"
             )
 
     def _refuse_mismatch(
@@ -328,7 +337,8 @@ class AttachedAdapters:
             problems += fingerprint.differences(adapter.base, self.base_info())
         if problems:
             raise AdapterMismatchError(
-                f"the adapter does not fit this {type(self.model).__name__}; nothing was loaded:\n{bullet_list(problems)}\n"
+                f"the adapter does not fit this {type(self.model).__name__}; nothing was loaded:\n"
+                f"{bullet_list(problems)}\n"
                 "Load the base it was trained on"
                 + (f" ({adapter.base.name})" if adapter.base and adapter.base.name else "")
                 + ", or pass check_base=False if only the base's values are known to differ."
@@ -382,7 +392,9 @@ def _copied(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _seeded(seed: int, path: str) -> torch.Generator:
-    """A generator that depends on the seed and the layer's path only: not on the order of layers, nor on what was drawn before."""
+    """A generator that depends on the seed and the layer's path only: not on the order of layers, nor on what was
+    drawn before.
+    """
     digest = hashlib.sha256(f"{seed}|{path}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 

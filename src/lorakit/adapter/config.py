@@ -39,7 +39,8 @@ class LoRAConfig(Config):
     """Probability of dropping an input element of A while training."""
 
     target_modules: str | tuple[str, ...] = "all-linear"
-    """"all-linear" (every matrix-multiplying layer but the output head), a list of names matched against the end of module paths
+    """"all-linear" (every matrix-multiplying layer but the output head), a list of names matched against the end of
+    module paths
     ("q_proj", "self_attn.q_proj"), or one string: a regular expression that must match whole paths."""
 
     exclude_modules: str | tuple[str, ...] | None = None
@@ -61,7 +62,9 @@ class LoRAConfig(Config):
     """How the update is parametrised."""
 
     init: Literal["default", "gaussian", "orthogonal"] = "default"
-    """default: A uniform(+-1/sqrt(fan_in)), B zero. gaussian: A normal(0, 1/r), B zero. orthogonal: A and B from one orthogonal r x r matrix (r even)."""
+    """default: A uniform(+-1/sqrt(fan_in)), B zero. gaussian: A normal(0, 1/r), B zero. orthogonal: A and B from one
+    orthogonal r x r matrix (r even).
+    """
 
     bias: Literal["none", "all", "lora_only"] = "none"
     """Which biases are trained with the adapter: none, all of the model's, or those of adapted layers."""

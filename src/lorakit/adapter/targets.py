@@ -1,4 +1,6 @@
-"""Which modules a LoRAConfig means in a given model. Every name, pattern or exclusion that matches nothing is an error."""
+"""Which modules a LoRAConfig means in a given model. Every name, pattern or exclusion that matches nothing is an
+error.
+"""
 
 from __future__ import annotations
 
@@ -98,7 +100,9 @@ def output_head(model: nn.Module) -> nn.Module | None:
 
 
 def _matches(pattern: str, path: str) -> bool:
-    """Whether `pattern` is the end of a module path, on whole components: "q_proj" and "attn.q_proj" match "h.0.attn.q_proj"."""
+    """Whether `pattern` is the end of a module path, on whole components: "q_proj" and "attn.q_proj" match
+    "h.0.attn.q_proj".
+    """
     return path == pattern or path.endswith(f".{pattern}")
 
 
@@ -146,7 +150,9 @@ def _did_you_mean(name: str, paths: Sequence[str]) -> str:
 def _match_patterns(
     patterns: dict[str, int] | dict[str, float], paths: Sequence[str], what: str, problems: list[str]
 ) -> dict[str, float]:
-    """Value per path; the first pattern that matches counts, as in PEFT: an end of the path, or a regular expression for one."""
+    """Value per path; the first pattern that matches counts, as in PEFT: an end of the path, or a regular expression
+    for one.
+    """
     values: dict[str, float] = {}
     for key, value in patterns.items():
         pattern = _compile(rf"(.*\.)?({key})", what)
@@ -191,9 +197,9 @@ def _biases(
         paths = [path for path in paths if path in set(chosen)]
     if not paths:
         problems.append(f"bias {which!r}: no such layer has a bias; use bias='none'")
-    for path in paths:
-        if bias_dim(candidates[path], site_of(candidates[path])) is None:
-            problems.append(
-                f"bias {which!r}: cannot tell how {type(candidates[path]).__name__} at {path} adds its bias"
-            )
+    problems += [
+        f"bias {which!r}: cannot tell how {type(candidates[path]).__name__} at {path} adds its bias"
+        for path in paths
+        if bias_dim(candidates[path], site_of(candidates[path])) is None
+    ]
     return tuple(paths)

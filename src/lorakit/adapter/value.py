@@ -37,7 +37,9 @@ class Factors:
         return self.A.shape[0]
 
     def delta(self, scaling: str) -> torch.Tensor:
-        """s B A in fp32: (out, in); (vocabulary, dim) for an embedding; (out, in / groups, *kernel) for a convolution."""
+        """s B A in fp32: (out, in); (vocabulary, dim) for an embedding; (out, in / groups, *kernel) for a
+        convolution.
+        """
         s = lowrank.scale(self.alpha, self.r, scaling)
         if self.kind == "convolution":
             return lowrank.convolution_delta(self.A.float(), self.B.float(), s)
@@ -146,7 +148,8 @@ class Adapter:
         return hasher.hexdigest()
 
     def scaled(self, factor: float) -> Self:
-        """The same adapter with every low-rank update times `factor` (carried by B, so the result holds in any file format).
+        """The same adapter with every low-rank update times `factor` (carried by B, so the result holds in any file
+        format).
 
         Raises:
             AdapterError: the adapter holds trained biases or modules, which cannot be scaled without the base.
@@ -159,7 +162,8 @@ class Adapter:
         return replace(self, factors={path: replace(f, B=f.B * factor) for path, f in self.factors.items()})
 
     def check(self, *, allow_zero: bool = False) -> None:
-        """Refuse what cannot be a trained adapter: nothing in it, shapes that do not belong together, NaN or infinity, no update at all.
+        """Refuse what cannot be a trained adapter: nothing in it, shapes that do not belong together, NaN or infinity,
+        no update at all.
 
         Args:
             allow_zero: take an adapter whose update is zero everywhere (a fresh one).

@@ -1,4 +1,6 @@
-"""What an adapter holds for one module: a low-rank update, a trained bias, or a whole trained copy. These modules own the trainable tensors."""
+"""What an adapter holds for one module: a low-rank update, a trained bias, or a whole trained copy. These modules own
+the trainable tensors.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,9 @@ class LoRA(nn.Module):
         return self.A.shape[0]
 
     def forward(self, site: Site, layer: nn.Module, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """The update of the layer's output for input `x`, computed and returned in `dtype` (that of the layer's own output)."""
+        """The update of the layer's output for input `x`, computed and returned in `dtype` (that of the layer's own
+        output).
+        """
         if self.dropout and self.training and x.is_floating_point():  # an embedding's input are indices
             x = F.dropout(x, self.dropout)
         return site.up(layer, site.down(layer, x, self.A.to(dtype)), self.B.to(dtype)) * self.s
@@ -67,7 +71,9 @@ class LoRA(nn.Module):
 
 
 class LayerUpdate(nn.Module):
-    """Everything one adapter changes in one layer: `lora` and, if biases are trained, `bias` (the whole new bias, not a difference)."""
+    """Everything one adapter changes in one layer: `lora` and, if biases are trained, `bias` (the whole new bias, not
+    a difference).
+    """
 
     def __init__(self, lora: LoRA | None = None, bias: torch.Tensor | None = None) -> None:
         super().__init__()

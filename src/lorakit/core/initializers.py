@@ -55,7 +55,9 @@ def orthogonal(shape_A: tuple[int, ...], shape_B: tuple[int, ...], generator: to
 
 
 def zero_A(shape_A: tuple[int, ...], shape_B: tuple[int, ...], generator: torch.Generator) -> Init:
-    """A zero, B normal(0, 1): the default for embeddings, where A's columns are looked up and few get a gradient (as loralib)."""
+    """A zero, B normal(0, 1): the default for embeddings, where A's columns are looked up and few get a gradient (as
+    loralib).
+    """
     return Init(torch.zeros(shape_A), torch.empty(shape_B).normal_(generator=generator))
 
 

@@ -58,7 +58,7 @@ def lora_linear(
     Returns:
         (..., out) in x's dtype.
     """
-    y: torch.Tensor = _LoRALinear.apply(x.reshape(-1, x.shape[-1]), W, b, A, B, s)
+    y: torch.Tensor = _LoRALinear.apply(x.reshape(-1, x.shape[-1]), W, b, A, B, s)  # type: ignore[no-untyped-call]
     return y.view(*x.shape[:-1], -1)
 
 

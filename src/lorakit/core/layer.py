@@ -7,7 +7,6 @@ whoever asks `isinstance(layer, nn.Linear)` or reads `layer.weight` notices noth
 
 from __future__ import annotations
 
-import functools
 from typing import Any, cast
 
 import torch
@@ -30,7 +29,8 @@ class ActiveState:
 
 
 class AdaptedModule(nn.Module):
-    """What adapted layers and replaced modules share. Never instantiated: a module is given a subclass of this as its class.
+    """What adapted layers and replaced modules share. Never instantiated: a module is given a subclass of this as its
+    class.
 
     Attributes:
         lorakit_updates: slot -> what that adapter changes here.
@@ -77,12 +77,14 @@ class AdaptedLayer(AdaptedModule):
                 low_rank = update.lora(self.lorakit_site, self, x, y.dtype)
                 y = y + (low_rank if weight == 1.0 else low_rank * weight)
             if update.bias is not None:
-                y = y + self._along_output(weight * (update.bias - self.bias.float()), y)
+                own: torch.Tensor = self.get_parameter("bias")
+                y = y + self._along_output(weight * (update.bias - own.float()), y)
         return y
 
     def _along_output(self, bias: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """A (out,) bias shaped and typed to be added to `y`."""
         dim = bias_dim(self, self.lorakit_site)
+        assert dim is not None, "find_targets refuses a layer whose bias has no known dimension"
         shape = [1] * y.ndim
         shape[dim] = -1
         return bias.view(shape).to(y.dtype)
@@ -117,10 +119,15 @@ def bias_dim(layer: nn.Module, site: Site | None) -> int | None:
     return -1 if isinstance(layer, _LAST_DIM) else None
 
 
-@functools.cache
+_subclasses: dict[tuple[type, type], type[AdaptedModule]] = {}
+
+
 def _subclass(mixin: type[AdaptedModule], base: type[nn.Module]) -> type[AdaptedModule]:
+    if (mixin, base) in _subclasses:
+        return _subclasses[mixin, base]
     name = f"{'Adapted' if mixin is AdaptedLayer else 'Replaced'}{base.__name__}"
-    return type(name, (mixin, base), {"__module__": base.__module__, "__doc__": base.__doc__})
+    made = type(name, (mixin, base), {"__module__": base.__module__, "__doc__": base.__doc__})
+    return _subclasses.setdefault((mixin, base), made)
 
 
 def _remake(mixin: type[AdaptedModule], base: type[nn.Module]) -> AdaptedModule:

@@ -1,4 +1,5 @@
-"""How a layer multiplies. A Site knows, for one kind of layer, the shapes of A and B, how an input goes through them, and what dense
+"""How a layer multiplies. A Site knows, for one kind of layer, the shapes of A and B, how an input goes through them,
+and what dense
 weight they make. It knows nothing of scales, dropout or which adapter is active.
 """
 
@@ -21,7 +22,7 @@ class Site:
     kind = "matrix"  # how the factors lie in files: matrix, embedding or convolution
     bias_dim = -1  # dimension of the output along which a bias runs
 
-    def shapes(self, layer: nn.Module, r: int, path: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    def shapes(self, layer: Any, r: int, path: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Shapes of A and B for rank `r`.
 
         Raises:
@@ -29,11 +30,11 @@ class Site:
         """
         raise NotImplementedError
 
-    def down(self, layer: nn.Module, x: torch.Tensor, A: torch.Tensor) -> torch.Tensor:
+    def down(self, layer: Any, x: torch.Tensor, A: torch.Tensor) -> torch.Tensor:
         """The input through A: what the layer would do with A for its weight and no bias."""
         raise NotImplementedError
 
-    def up(self, layer: nn.Module, h: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
+    def up(self, layer: Any, h: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
         """The result of `down` through B."""
         raise NotImplementedError
 
@@ -45,16 +46,16 @@ class Site:
 class LinearSite(Site):
     """`nn.Linear`: y = x W^T with W (out, in)."""
 
-    def shapes(self, layer: nn.Module, r: int, path: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    def shapes(self, layer: Any, r: int, path: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """A (r, in), B (out, r)."""
         out_features, in_features = layer.weight.shape
         return (r, in_features), (out_features, r)
 
-    def down(self, layer: nn.Module, x: torch.Tensor, A: torch.Tensor) -> torch.Tensor:
+    def down(self, layer: Any, x: torch.Tensor, A: torch.Tensor) -> torch.Tensor:
         """(..., in) -> (..., r)."""
         return F.linear(x, A)
 
-    def up(self, layer: nn.Module, h: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
+    def up(self, layer: Any, h: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
         """(..., r) -> (..., out)."""
         return F.linear(h, B)
 
@@ -66,7 +67,7 @@ class LinearSite(Site):
 class TransposedLinearSite(LinearSite):
     """transformers' `Conv1D` (GPT-2): y = x W with W (in, out)."""
 
-    def shapes(self, layer: nn.Module, r: int, path: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    def shapes(self, layer: Any, r: int, path: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """A (r, in), B (out, r)."""
         in_features, out_features = layer.weight.shape
         return (r, in_features), (out_features, r)
@@ -77,23 +78,25 @@ class TransposedLinearSite(LinearSite):
 
 
 class EmbeddingSite(Site):
-    """`nn.Embedding`: rows of W (vocabulary, dim) by index. A lookup is a product with one-hot rows, so A (r, vocabulary), B (dim, r)."""
+    """`nn.Embedding`: rows of W (vocabulary, dim) by index. A lookup is a product with one-hot rows, so A (r,
+    vocabulary), B (dim, r).
+    """
 
     kind = "embedding"
 
-    def shapes(self, layer: nn.Module, r: int, path: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    def shapes(self, layer: Any, r: int, path: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """A (r, vocabulary), B (dim, r)."""
         vocabulary, dim = layer.weight.shape
         return (r, vocabulary), (dim, r)
 
-    def down(self, layer: nn.Module, x: torch.Tensor, A: torch.Tensor) -> torch.Tensor:
+    def down(self, layer: Any, x: torch.Tensor, A: torch.Tensor) -> torch.Tensor:
         """Indices (...) -> (..., r). The padding index gets no gradient, as in the layer itself."""
-        return F.embedding(x, A.T, padding_idx=layer.padding_idx)  # type: ignore[arg-type]
+        return F.embedding(x, A.T, padding_idx=layer.padding_idx)
 
-    def up(self, layer: nn.Module, h: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
+    def up(self, layer: Any, h: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
         """(..., r) -> (..., dim), times the factor by which some models (Gemma) scale their embeddings."""
         update = F.linear(h, B)
-        return update * layer.embed_scale.to(update.dtype) if hasattr(layer, "embed_scale") else update
+        return update * layer.embed_scale.to(update) if hasattr(layer, "embed_scale") else update
 
     def dense(self, A: torch.Tensor, B: torch.Tensor, s: float) -> torch.Tensor:
         """(vocabulary, dim)."""
@@ -109,9 +112,9 @@ class ConvolutionSite(Site):
     kind = "convolution"
     bias_dim = 1
 
-    def shapes(self, layer: nn.Module, r: int, path: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    def shapes(self, layer: Any, r: int, path: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """A (r, in / groups, *kernel), B (out, r / groups, 1, ...)."""
-        groups = int(layer.groups)  # type: ignore[arg-type]
+        groups = int(layer.groups)
         out_channels, in_per_group, *kernel = layer.weight.shape
         if r % groups:
             raise TargetError(

@@ -46,6 +46,6 @@ def base_weight_of(layer: nn.Module, path: str) -> BaseWeight:
     if isinstance(weight, nn.Parameter) and weight.is_floating_point():
         return Dense()
     raise TargetError(
-        f"{path}: {type(layer).__name__} stores its weight as {getattr(weight, 'dtype', type(weight).__name__)}, which this version "
-        "does not read; load the base in fp32, bf16 or fp16, or leave the layer out with exclude_modules"
+        f"{path}: {type(layer).__name__} stores its weight as {getattr(weight, 'dtype', type(weight).__name__)}, "
+        "which this version does not read; load the base in fp32, bf16 or fp16, or leave the layer out with exclude_modules"
     )

@@ -29,14 +29,24 @@ _PREFIX = "base_model.model."
 _LORA_KEY = re.compile(r"(?P<path>.+)\.(?:(?P<matrix>lora_[AB])\.weight|lora_embedding_(?P<embedding>[AB]))")
 
 # adapter_config.json: what says nothing about the function of the adapter ...
-_NEUTRAL = {"auto_mapping", "base_model_name_or_path", "inference_mode", "megatron_config", "megatron_core",
-"peft_type", "peft_version",
-            "revision", "task_type", "fan_in_fan_out", "layers_pattern", "runtime_config", "ensure_weight_tying", "lora_ga_config",
-            "corda_config", "eva_config", "loftq_config", "kasa_config", "qalora_group_size"}  # fmt: skip
+_NEUTRAL = {
+    *(
+        "auto_mapping",
+        "base_model_name_or_path",
+        "inference_mode",
+        "peft_type",
+        "peft_version",
+        "revision",
+        "task_type",
+    ),
+    *("megatron_config", "megatron_core", "fan_in_fan_out", "layers_pattern", "runtime_config", "ensure_weight_tying"),
+    *("lora_ga_config", "corda_config", "eva_config", "loftq_config", "kasa_config", "qalora_group_size"),
+}
 # ... and what this codec reads. Any other key must hold a value that switches its feature off.
-_READ = {"r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "rank_pattern", "alpha_pattern",
-"bias", "modules_to_save",
-         "layers_to_transform", "use_rslora", "init_lora_weights"}  # fmt: skip
+_READ = {
+    *("r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "rank_pattern", "alpha_pattern", "bias"),
+    *("modules_to_save", "layers_to_transform", "use_rslora", "init_lora_weights"),
+}
 _OFF: tuple[Any, ...] = (None, False, {}, [], "")
 # initialisations that left the base as it was, so that the adapter means the same on it
 _INIT_ON_PRISTINE_BASE = {
@@ -47,9 +57,14 @@ _INIT_ON_PRISTINE_BASE = {
     "eva": "default",
 }
 
-_TASK_TYPES = {"ForCausalLM": "CAUSAL_LM", "LMHeadModel": "CAUSAL_LM", "ForSequenceClassification": "SEQ_CLS",
-               "ForTokenClassification": "TOKEN_CLS", "ForQuestionAnswering": "QUESTION_ANS",
-               "ForConditionalGeneration": "SEQ_2_SEQ_LM"}  # fmt: skip
+_TASK_TYPES = {
+    "ForCausalLM": "CAUSAL_LM",
+    "LMHeadModel": "CAUSAL_LM",
+    "ForSequenceClassification": "SEQ_CLS",
+    "ForTokenClassification": "TOKEN_CLS",
+    "ForQuestionAnswering": "QUESTION_ANS",
+    "ForConditionalGeneration": "SEQ_2_SEQ_LM",
+}
 
 
 # ---------------------------------------------------------------- writing
@@ -77,7 +92,9 @@ def _named_tensors(adapter: Adapter) -> dict[str, torch.Tensor]:
 
 
 def _ungrouped(f: Factors) -> torch.Tensor:
-    """PEFT's A reads all input channels even where the convolution is grouped: spread each group's rows over zeros, exactly."""
+    """PEFT's A reads all input channels even where the convolution is grouped: spread each group's rows over zeros,
+    exactly.
+    """
     groups = f.r // f.B.shape[1]
     if f.kind != "convolution" or groups == 1:
         return f.A
@@ -117,7 +134,9 @@ def _config_for_peft(adapter: Adapter) -> dict[str, Any]:
 
 
 def _patterns(adapter: Adapter) -> tuple[dict[str, int], dict[str, float]]:
-    """rank_pattern and alpha_pattern that give every factor its own r and alpha: the config's, with whole paths where they do not."""
+    """rank_pattern and alpha_pattern that give every factor its own r and alpha: the config's, with whole paths where
+    they do not.
+    """
     config = adapter.config
     ranks, alphas = dict(config.rank_pattern), dict(config.alpha_pattern)
     wrong_r = {re.escape(p): f.r for p, f in adapter.factors.items() if _by_pattern(ranks, p, config.r) != f.r}
@@ -171,7 +190,10 @@ def _what_is_there(folder: Path) -> str:
     if not folder.is_dir():
         return ""
     if (folder / "adapter_model.bin").is_file():
-        return ". It holds adapter_model.bin, a pickle, which can run code: have PEFT save it again with safe_serialization=True"
+        return (
+            ". It holds adapter_model.bin, a pickle, which can run code: "
+            "have PEFT save it again with safe_serialization=True"
+        )
     inside = sorted(p.parent.name for p in folder.glob(f"*/{CONFIG_FILE}"))
     return f"; adapters are in its folders {', '.join(inside)}" if inside else ""
 
@@ -268,13 +290,16 @@ def _sort_tensors(
 
 
 def _grouped(A: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
-    """Undo `_ungrouped` where A is zero outside its group; else A stays as it is (such an update works, but cannot be merged)."""
+    """Undo `_ungrouped` where A is zero outside its group; else A stays as it is (such an update works, but cannot be
+    merged).
+    """
     if B.ndim < 2 or B.shape[1] == 0 or A.shape[0] % B.shape[1]:
         return A  # malformed; Adapter.check says so
     groups = A.shape[0] // B.shape[1]
     if groups == 1 or A.shape[1] % groups:
         return A
-    blocks = A.unflatten(0, (groups, -1)).unflatten(2, (groups, -1))  # (g, r/g, g, in/g, *kernel)
+    rows, width = A.shape[0] // groups, A.shape[1] // groups
+    blocks = A.reshape(groups, rows, groups, width, *A.shape[2:])
     own = torch.stack([blocks[g, :, g] for g in range(groups)])
     if int(torch.count_nonzero(A)) != int(torch.count_nonzero(own)):
         return A

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
@@ -56,10 +57,14 @@ class TrainConfig(Config):
     """Rows per optimiser step and process, times `gradient_accumulation_steps`."""
 
     gradient_accumulation_steps: int = 1
-    """Multiplies `batch_size`; the gradient is the mean over all labelled tokens of the step, however they are divided."""
+    """Multiplies `batch_size`; the gradient is the mean over all labelled tokens of the step, however they are
+    divided.
+    """
 
     micro_batch_tokens: int = 4096
-    """Tokens that go through the model at once: a step of more is divided. Bounds memory; changes results by rounding only."""
+    """Tokens that go through the model at once: a step of more is divided. Bounds memory; changes results by rounding
+    only.
+    """
 
     max_length: int = 1024
     """Longest row in tokens; longer rows are cut so that labels remain, and counted."""
@@ -89,7 +94,9 @@ class TrainConfig(Config):
     """Largest gradient norm; 0 turns clipping off."""
 
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """Storage and arithmetic of the base; the adapter is fp32. auto: what a probe of this machine finds fastest and safe."""
+    """Storage and arithmetic of the base; the adapter is fp32. auto: what a probe of this machine finds fastest and
+    safe.
+    """
 
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps."""
@@ -98,7 +105,9 @@ class TrainConfig(Config):
     """Which tokens carry loss: assistant turns with their end token, or every token."""
 
     chat_template: str = "auto"
-    """auto: the tokenizer's own; a template lorakit ships (see lorakit check --help); a Jinja file; none: no template."""
+    """auto: the tokenizer's own; a template lorakit ships (see lorakit check --help); a Jinja file; none: no
+    template.
+    """
 
     eval_steps: int | None = None
     """Steps between evaluations; None: ten times a run."""
@@ -123,25 +132,22 @@ class TrainConfig(Config):
 
     def problems(self) -> list[str]:
         """Ranges."""
-        found = []
-        for name in ("batch_size", "gradient_accumulation_steps", "micro_batch_tokens"):
-            if getattr(self, name) < 1:
-                found.append(f"{name}: must be at least 1 (got {getattr(self, name)})")
-        for name in ("max_steps", "eval_steps", "save_steps", "early_stop"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                found.append(f"{name}: must be at least 1 (got {value})")
-        if self.max_length < 2:
-            found.append(f"max_length: must be at least 2 (got {self.max_length})")
-        if self.keep_checkpoints < 2:
-            found.append(f"keep_checkpoints: must be at least 2 (got {self.keep_checkpoints})")
-        for name in ("epochs", "learning_rate", "adam_epsilon"):
-            if not getattr(self, name) > 0:
-                found.append(f"{name}: must be positive (got {getattr(self, name)})")
-        for name in ("weight_decay", "clip", "samples"):
-            if getattr(self, name) < 0:
-                found.append(f"{name}: must not be negative (got {getattr(self, name)})")
-        for name in ("warmup", "validation_share", "adam_beta1", "adam_beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                found.append(f"{name}: must be in [0, 1) (got {getattr(self, name)})")
+        least = {"batch_size": 1, "gradient_accumulation_steps": 1, "micro_batch_tokens": 1, "max_length": 2}
+        least |= {"keep_checkpoints": 2, "samples": 0, "weight_decay": 0, "clip": 0}
+        least |= {n: 1 for n in ("max_steps", "eval_steps", "save_steps", "early_stop") if getattr(self, n) is not None}
+        found = [
+            f"{name}: must be at least {minimum} (got {getattr(self, name)})"
+            for name, minimum in least.items()
+            if getattr(self, name) < minimum
+        ]
+        found += [
+            f"{name}: must be positive (got {getattr(self, name)})"
+            for name in ("epochs", "learning_rate", "adam_epsilon")
+            if not 0 < getattr(self, name) < math.inf
+        ]
+        found += [
+            f"{name}: must be in [0, 1) (got {getattr(self, name)})"
+            for name in ("warmup", "validation_share", "adam_beta1", "adam_beta2")
+            if not 0 <= getattr(self, name) < 1
+        ]
         return found

@@ -1,7 +1,8 @@
 """Strict frozen dataclasses that come from and go to dicts and YAML. Knows no particular config.
 
-A config class derives from `Config`. Its fields are checked against their type hints when it is made, from Python or from a file alike:
-an unknown key is an error with the nearest name, a wrong type an error with the field's name; all problems are told at once.
+A config class derives from `Config`. Its fields are checked against their type hints when it is made, from Python or
+from a file alike: an unknown key is an error with the nearest name, a wrong type an error with the field's name; all
+problems are told at once.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any, ClassVar, Self
 import pydantic
 import yaml
 
-from lorakit.errors import ConfigError, bullet_list, nearest
+from lorakit.errors import ConfigError, nearest
 
 
 @functools.cache
@@ -31,31 +32,40 @@ def _validators(cls: type) -> dict[str, pydantic.TypeAdapter[Any]]:
 def _opaque(hint: Any) -> Any:
     """The hint with nested Config classes checked by isinstance, not rebuilt field by field."""
     if isinstance(hint, type) and issubclass(hint, Config):
-        return pydantic.InstanceOf[hint]
+        return pydantic.InstanceOf[hint]  # type: ignore[misc]  # an alias to mypy, a class when it runs
     return hint
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """Base of every config. Subclasses: `@dataclass(frozen=True, kw_only=True)`, and override `problems()` for what types cannot say."""
+    """Base of every config.
+
+    Subclasses: `@dataclass(frozen=True, kw_only=True)`, and override `problems()` for what types cannot say.
+    """
 
     aliases: ClassVar[Mapping[str, str]] = {}  # other spellings accepted by from_dict: alias -> field
 
     def __post_init__(self) -> None:
-        found = []
-        for name, validator in _validators(type(self)).items():
-            value = getattr(self, name)
-            try:
-                # lists become tuples: JSON and YAML know only lists, configs are hashable values
-                value = validator.validate_python(tuple(value) if isinstance(value, list) else value, strict=True)
-            except pydantic.ValidationError as error:
-                detail = error.errors()[0]
-                found.append(f"{name}: {detail['msg']} (got {value!r})")
-                continue
+        checked, found = self._check_types({f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.init})
+        for name, value in checked.items():
             object.__setattr__(self, name, value)
         found = found or self.problems()
         if found:
-            raise ConfigError(f"{type(self).__name__}: {len(found)} bad setting(s):\n{bullet_list(found)}")
+            raise ConfigError.listing(type(self).__name__, found)
+
+    @classmethod
+    def _check_types(cls, values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+        """Values as their hints want them, and a sentence for each that does not fit its hint."""
+        checked, found = {}, []
+        validators = _validators(cls)  # type: ignore[arg-type]  # mypy takes the instances' __hash__ for the class's
+        for name, value in values.items():
+            # lists become tuples: JSON and YAML know only lists, configs are hashable values
+            value = tuple(value) if isinstance(value, list) else value
+            try:
+                checked[name] = validators[name].validate_python(value, strict=True)
+            except pydantic.ValidationError as error:
+                found.append(f"{name}: {error.errors()[0]['msg']} (got {value!r})")
+        return checked, found
 
     def problems(self) -> list[str]:
         """What is wrong beyond types: ranges, settings at odds with each other. One sentence each."""
@@ -75,6 +85,7 @@ class Config:
         hints = typing.get_type_hints(cls)
         fields = {f.name for f in dataclasses.fields(cls) if f.init}
         given: dict[str, Any] = {}
+        seen: set[str] = set()
         found = []
         for key, value in values.items():
             name = cls.aliases.get(str(key).replace("-", "_"), str(key).replace("-", "_"))
@@ -83,28 +94,33 @@ class Config:
                 hint = f"; did you mean {' or '.join(guess)}?" if guess else f"; known: {', '.join(sorted(fields))}"
                 found.append(f"unknown key {key!r}{hint}")
                 continue
-            if name in given:
+            if name in seen:
                 found.append(f"{key!r} sets {name!r} a second time")
                 continue
+            seen.add(name)
             hint = hints[name]
             if isinstance(hint, type) and issubclass(hint, Config) and isinstance(value, Mapping):
-                value = hint.from_dict(value, f"{where}: {name}")
+                try:
+                    value = hint.from_dict(value, f"{where}: {name}")
+                except ConfigError as error:
+                    found += [f"{name}: {problem}" for problem in error.problems]
+                    continue
             given[name] = value
-        missing = [
+        required = [
             f.name
             for f in dataclasses.fields(cls)
-            if f.init
-            and f.name not in given
-            and f.default is dataclasses.MISSING
-            and f.default_factory is dataclasses.MISSING
+            if f.init and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
         ]
-        found += [f"{name!r} is required" for name in missing]
+        found += [f"{name!r} is required" for name in required if name not in seen]
         if found:
-            raise ConfigError(f"{where}: {len(found)} problem(s):\n{bullet_list(found)}")
-        return cls(**given)
+            raise ConfigError.listing(where, found + cls._check_types(given)[1])
+        try:
+            return cls(**given)
+        except ConfigError as error:
+            raise ConfigError.listing(where, error.problems) from None
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain dicts, lists, strings, numbers: what YAML and JSON can hold. `from_dict` of it gives an equal config."""
+        """Plain dicts, lists, strings, numbers, as YAML and JSON hold them. `from_dict` of it gives an equal config."""
         return {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self) if f.init}
 
     @classmethod

@@ -12,7 +12,10 @@ class LorakitError(Exception):
 
 
 class ConfigError(LorakitError, ValueError):
-    """A setting that is unknown, of the wrong type, out of range or at odds with another; `problems` holds each as one sentence."""
+    """A setting that is unknown, of the wrong type, out of range or at odds with another.
+
+    `problems` holds a sentence for each, where several were found.
+    """
 
     problems: tuple[str, ...] = ()
 

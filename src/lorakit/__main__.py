@@ -1,0 +1,5 @@
+"""`python -m lorakit` is the command `lorakit`."""
+
+from lorakit.cli import main
+
+main()

@@ -1,0 +1,267 @@
+"""Flags made from a config class, and the config made from flags and file. Knows no particular config."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import functools
+import inspect
+import itertools
+import re
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from typing import Any, Literal, TypeVar
+
+import click
+
+from lorakit.config import Config
+from lorakit.errors import ConfigError, nearest
+
+AnyConfig = TypeVar("AnyConfig", bound=Config)
+
+_NAMES = re.compile(
+    r"\s*[\w.]+(\s*,\s*[\w.]+)*\s*"
+)  # "q_proj, k_proj": names, where anything else is a regular expression
+
+
+# in click's ctx.meta: (path, values) of the `--config` file, for the flags made from a config class
+FILE_VALUES = "lorakit.file_values"
+
+
+class ConfigOption(click.Option):
+    """A flag that stands for a field of a config class."""
+
+
+class ConfigArgument(click.Argument):
+    """A positional for a field of a config class. Never required by click: a `--config` file may hold it."""
+
+
+def config_options(
+    config_class: type[Config], positional: AbstractSet[str] = frozenset()
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """One flag per field of `config_class` and of the configs nested in it; the function receives `config`, finished.
+
+    Args:
+        config_class: its type hints give the flags' types, the strings under its fields their help, its `aliases`
+            further spellings.
+        positional: fields given without a flag, in the order of their declaration.
+    """
+
+    def decorate(function: Callable[..., None]) -> Callable[..., None]:
+        parameters = _parameters(config_class, positional)
+        names = [str(parameter.name) for parameter in parameters]
+
+        @functools.wraps(function)
+        def with_config(*args: Any, **values: Any) -> None:
+            context = click.get_current_context()
+            flags = {name: values.pop(name) for name in names}
+            path, from_file = context.meta.get(FILE_VALUES, (None, {}))
+            config = resolve_config(config_class, flags, from_file, where=path or context.command_path)
+            function(*args, config=config, **values)
+
+        # where click looks for the parameters of a function, the last one first
+        with_config.__click_params__ = [  # type: ignore[attr-defined]
+            *getattr(function, "__click_params__", []),
+            *reversed(parameters),
+        ]
+        return with_config
+
+    return decorate
+
+
+def resolve_config(
+    config_class: type[AnyConfig], flags: Mapping[str, Any], from_file: Mapping[str, Any], where: str = "settings"
+) -> AnyConfig:
+    """Flags over file over defaults.
+
+    Args:
+        config_class: what to make.
+        flags: field name, or section__field for a nested config -> value; None means "not given".
+        from_file: field name or alias -> value. Fields of nested configs stand in their section (`lora: {r: 8}`, as in
+            run.yaml) or at the top (`lora_r: 8`, as the flags are called).
+        where: what to call the settings in errors.
+
+    Raises:
+        ConfigError: unknown key, key given twice, missing or bad value; all of them at once.
+    """
+    names = _spellings(config_class)
+    sections = {section for section, _ in names.values() if section}
+    values: dict[tuple[str, str], Any] = {}
+    problems: list[str] = []
+
+    def put(place: tuple[str, str], value: Any, key: str) -> None:
+        if place in values:
+            problems.append(f"{key!r} sets {place[1]!r} a second time")
+        values[place] = value
+
+    def unknown(key: str) -> None:
+        guess = nearest(key, names)
+        hint = f"did you mean {' or '.join(guess)}?" if guess else f"known: {', '.join(sorted(names))}"
+        problems.append(f"unknown key {key!r}; {hint}")
+
+    for key, value in from_file.items():
+        name = str(key).replace("-", "_")
+        name = config_class.aliases.get(name, name)
+        if name in sections:
+            if not isinstance(value, Mapping):
+                problems.append(f"{key}: expected 'name: value' lines, found {value!r}")
+                continue
+            for inner, inner_value in value.items():
+                place = names.get(str(inner).replace("-", "_"))
+                if place is None or place[0] != name:
+                    unknown(str(inner))
+                else:
+                    put(place, inner_value, f"{key}: {inner}")
+        elif name in names:
+            put(names[name], value, str(key))
+        else:
+            unknown(str(key))
+    for key, value in flags.items():
+        if value is not None:
+            section, _, field = key.rpartition("__")
+            values[section, field] = value
+
+    nested: dict[str, Any] = {}
+    for (section, field), value in values.items():
+        if section:
+            nested.setdefault(section, {})[field] = value
+        else:
+            nested[field] = value
+    try:
+        config = config_class.from_dict(nested, where)
+    except ConfigError as error:
+        problems += error.problems
+    if problems:
+        raise ConfigError.listing(where, problems)
+    return config
+
+
+def _nested(config_class: type[Config]) -> dict[str, type[Config]]:
+    hints = typing.get_type_hints(config_class)
+    return {
+        f.name: hints[f.name]
+        for f in dataclasses.fields(config_class)
+        if isinstance(hints[f.name], type) and issubclass(hints[f.name], Config)
+    }
+
+
+def _spellings(config_class: type[Config]) -> dict[str, tuple[str, str]]:
+    """Every accepted name of every field -> (section, field)."""
+    sections = _nested(config_class)
+    names: dict[str, tuple[str, str]] = {}
+    for section, cls in [("", config_class), *sections.items()]:
+        own = {f.name: f.name for f in dataclasses.fields(cls) if f.init}
+        for name, field in {**own, **cls.aliases}.items():
+            if section == "" and field in sections:
+                continue
+            assert name not in names, f"{name} is a setting of {config_class.__name__} and of its section {section}"
+            names[name] = (section, field)
+    return names
+
+
+def _parameters(config_class: type[Config], positional: AbstractSet[str]) -> list[click.Parameter]:
+    """The click parameters in the order of the fields."""
+    spellings = _spellings(config_class)
+    classes = {"": config_class, **_nested(config_class)}
+    docs = {section: _field_docs(cls) for section, cls in classes.items()}
+    parameters: list[click.Parameter] = []
+    for section, field in dict.fromkeys(spellings.values()):
+        cls = classes[section]
+        if field in positional:
+            parameters.append(ConfigArgument([field], required=False, metavar=field.upper()))
+            continue
+        names = [name for name, place in spellings.items() if place == (section, field)]
+        description = next(f for f in dataclasses.fields(cls) if f.name == field)
+        internal = f"{section}__{field}" if section else field
+        parameters.append(
+            ConfigOption(
+                [internal, *_flags(names, typing.get_type_hints(cls)[field])],
+                help=_help(description, docs[section].get(field, "")),
+                **_kind(typing.get_type_hints(cls)[field]),
+            )
+        )
+    return parameters
+
+
+def _flags(names: list[str], hint: Any) -> list[str]:
+    if hint is bool:
+        return [f"--{name}/--no_{name}" for name in names]
+    return [f"--{name}" for name in names]
+
+
+def _help(field: dataclasses.Field[Any], text: str) -> str:
+    default = field.default
+    if field.default_factory is not dataclasses.MISSING:
+        default = field.default_factory()
+    if default is dataclasses.MISSING:
+        return f"{text}  [required]"
+    if default is None or default in ((), {}):
+        return text
+    return f"{text}  [default: {default}]"
+
+
+def _field_docs(cls: type[Config]) -> dict[str, str]:
+    """The string literal under each field. Python drops it; the source has it."""
+    (class_node,) = ast.parse(inspect.cleandoc(inspect.getsource(cls))).body
+    assert isinstance(class_node, ast.ClassDef)
+    docs = {}
+    for node, below in itertools.pairwise(class_node.body):
+        match node, below:
+            case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
+                docs[name] = " ".join(text.split())
+    return docs
+
+
+def _kind(hint: Any) -> dict[str, Any]:
+    """The click settings for a type hint. A parameter that is not given is None, whatever its type."""
+    alternatives = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    alternatives = tuple(kind for kind in alternatives if kind is not types.NoneType)
+    if len(alternatives) == 2 and str in alternatives:
+        return _repeated("NAME[,NAME...]|REGEX", _names_or_pattern)
+    (kind,) = alternatives
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Literal:
+        return {"type": click.Choice(arguments), "default": None}
+    if origin is tuple:
+        return _repeated(f"{arguments[0].__name__.upper()}[,...]", functools.partial(_items, arguments[0]))
+    if origin in (dict, Mapping):
+        return _repeated(f"NAME={arguments[1].__name__.upper()}", functools.partial(_pairs, arguments[1]))
+    assert kind in (bool, int, float, str), f"no flag can be made for {hint}"
+    return {"type": kind, "default": None}
+
+
+def _repeated(metavar: str, parse: Callable[[Sequence[str]], Any]) -> dict[str, Any]:
+    """A flag that may be given several times; `parse` sees all its values together."""
+
+    def parsed(ctx: click.Context, parameter: click.Parameter, values: Sequence[str]) -> Any:
+        try:
+            return parse(values) if values else None
+        except ValueError as error:
+            raise click.BadParameter(str(error), ctx, parameter) from None
+
+    return {"type": str, "multiple": True, "metavar": metavar, "callback": parsed}
+
+
+def _items(kind: type, values: Sequence[str]) -> tuple[Any, ...]:
+    return tuple(kind(item.strip()) for value in values for item in value.split(","))
+
+
+def _pairs(kind: type, values: Sequence[str]) -> dict[str, Any]:
+    pairs = {}
+    for value in values:
+        name, equals, number = value.rpartition("=")  # the last one: the name may be a regular expression with = in it
+        if not equals or not name:
+            raise ValueError(f"{value!r} is not NAME=VALUE")
+        pairs[name] = kind(number)
+    return pairs
+
+
+def _names_or_pattern(values: Sequence[str]) -> str | tuple[str, ...]:
+    """Names alone make a tuple; anything else ("all-linear", or a regular expression, commas and all) is one string."""
+    if all(_NAMES.fullmatch(value) for value in values):
+        return _items(str, values)
+    if len(values) > 1:
+        raise ValueError(f"a regular expression stands alone (got {', '.join(values)})")
+    return values[0]

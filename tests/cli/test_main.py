@@ -1,0 +1,60 @@
+import subprocess
+import sys
+
+import pytest
+from click.testing import CliRunner
+
+from lorakit.cli import VERBS, main
+
+
+def test_help_lists_every_verb_and_imports_nothing_heavy():
+    program = (
+        "import sys, lorakit.cli\n"
+        "sys.argv = ['lorakit', '--help']\n"
+        "try:\n    lorakit.cli.main()\n"
+        "except SystemExit as end:\n    assert not end.code\n"
+        "print('HEAVY', [name for name in ('torch', 'transformers', 'matplotlib', 'numpy') if name in sys.modules])\n"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    for verb, (_, help_line) in VERBS.items():
+        assert verb in result.stdout
+        assert help_line.split()[0] in result.stdout
+    assert result.stdout.endswith("HEAVY []\n")
+
+
+def test_unknown_verb_names_the_nearest():
+    result = CliRunner().invoke(main, ["trian"])
+    assert result.exit_code == 2
+    assert "No such verb: 'trian'. Did you mean train" in result.stderr
+
+
+def test_verb_unlike_any_other_lists_them_all():
+    result = CliRunner().invoke(main, ["zzzzzz"])
+    assert result.exit_code == 2
+    assert "Verbs: demo, check, train" in result.stderr
+
+
+def test_version():
+    result = CliRunner().invoke(main, ["--version"])
+    assert result.exit_code == 0
+    assert result.stdout.startswith("lorakit, version 0.1.0")
+
+
+def test_module_is_the_command():
+    result = subprocess.run([sys.executable, "-m", "lorakit", "--version"], capture_output=True, text=True, check=True)
+    assert result.stdout.startswith("lorakit, version")
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_each_verb_answers_help_without_torch(verb):
+    program = (
+        f"import sys, lorakit.cli\nsys.argv = ['lorakit', {verb!r}, '--help']\n"
+        "try:\n    lorakit.cli.main()\n"
+        "except SystemExit as end:\n    assert not end.code\n"
+        "print('HEAVY', [name for name in ('torch', 'transformers', 'matplotlib') if name in sys.modules])\n"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert "--json" in result.stdout
+    assert "--config" in result.stdout
+    assert result.stdout.endswith("HEAVY []\n")

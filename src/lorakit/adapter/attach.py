@@ -326,15 +326,14 @@ class AttachedAdapters:
         """Every tensor of the value must have its place in the model, and every place its tensor."""
         expected = expected_shapes(targets, modules)
         found = {name: tuple(tensor.shape) for name, tensor in adapter.tensors().items()}
-        problems = [f"missing: {name} {shape}" for name, shape in expected.items() if name not in found]
+        problems = fingerprint.differences(adapter.base, self.base_info()) if check_base and adapter.base else []
+        problems += [f"missing: {name} {shape}" for name, shape in expected.items() if name not in found]
         problems += [f"unexpected: {name} {shape}" for name, shape in found.items() if name not in expected]
         problems += [
             f"shape: {name} is {found[name]} in the adapter, {shape} in the model"
             for name, shape in expected.items()
             if name in found and found[name] != shape
         ]
-        if check_base and adapter.base is not None:
-            problems += fingerprint.differences(adapter.base, self.base_info())
         if problems:
             raise AdapterMismatchError(
                 f"the adapter does not fit this {type(self.model).__name__}; nothing was loaded:\n"

@@ -54,6 +54,8 @@ def differences(made_on: BaseInfo, here: BaseInfo) -> list[str]:
     rounding to the
     narrower one: 2^-8 relative for bf16, 2^-11 for fp16.
     """
+    if not made_on.structure:  # a file of another tool, which tells a name only
+        return []
     problems = []
     if made_on.architecture != here.architecture:
         problems.append(f"base: made on a {made_on.architecture}, this is a {here.architecture}")

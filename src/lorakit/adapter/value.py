@@ -180,6 +180,8 @@ class Adapter:
                 problems.append(f"{path}: A {tuple(f.A.shape)} and B {tuple(f.B.shape)} do not belong together")
         for name, tensor in self.tensors().items():
             if not tensor.is_floating_point():
+                if name in self.replaced:  # a buffer, e.g. a batch norm's count
+                    continue
                 problems.append(f"{name}: holds {tensor.dtype}, not floating-point numbers")
             elif not torch.isfinite(tensor).all():
                 problems.append(

@@ -7,6 +7,7 @@ whoever asks `isinstance(layer, nn.Linear)` or reads `layer.weight` notices noth
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
@@ -101,6 +102,16 @@ class ReplacedModule(AdaptedModule):
         return call_replaced(base_parameters(self), active, *args, **kwargs)
 
 
+class ReplacedContainer(ReplacedModule):
+    """A replaced `nn.Sequential` or the like, whose forward runs over its children: what adapters hold is not one of them."""
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        return iter([child for name, child in self._modules.items() if name != "lorakit_updates" and child is not None])
+
+    def __len__(self) -> int:
+        return len(self._modules) - 1
+
+
 def base_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     """A module's parameters by name, without what adapters hold in it or below it."""
     return {name: p for name, p in module.named_parameters() if "lorakit_updates." not in name}
@@ -140,6 +151,8 @@ def adapt(module: nn.Module, mixin: type[AdaptedModule], state: ActiveState) -> 
     if isinstance(module, AdaptedModule):
         assert isinstance(module, mixin), "a module is adapted or replaced, never both"
         return module
+    if mixin is ReplacedModule and hasattr(module, "__iter__"):
+        mixin = ReplacedContainer
     module.__class__ = _subclass(mixin, type(module))
     adapted = cast("AdaptedModule", module)
     adapted.lorakit_updates = nn.ModuleDict()

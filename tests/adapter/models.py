@@ -1,0 +1,126 @@
+"""Small models with every kind of site, and a random adapter for each; shared by the tests of core, adapter and formats."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import (
+    BertConfig,
+    BertModel,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    ViTConfig,
+    ViTForImageClassification,
+)
+
+from lorakit.adapter.attach import AttachedAdapters
+
+
+@dataclass
+class Case:
+    """A model, an input for it, what to adapt, and where its output is."""
+
+    make: Callable[[], nn.Module]
+    inputs: Callable[[], dict[str, torch.Tensor]]
+    targets: str | tuple[str, ...]
+    some_layer: str
+
+    def build(self, dtype: torch.dtype = torch.float32) -> nn.Module:
+        torch.manual_seed(0)
+        return self.make().to(dtype).eval()
+
+    def run(self, model: nn.Module) -> torch.Tensor:
+        torch.manual_seed(1)
+        dtype = next(model.parameters()).dtype
+        inputs = {k: v.to(dtype) if v.is_floating_point() else v for k, v in self.inputs().items()}
+        output = model(**inputs)
+        if isinstance(output, torch.Tensor):
+            return output
+        return output.logits if "logits" in output else output.last_hidden_state
+
+
+class MLP(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(12, 20)
+        self.norm = nn.LayerNorm(20)
+        self.second = nn.Linear(20, 7, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(torch.relu(self.norm(self.first(x))))
+
+
+class Convolutions(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = nn.Conv1d(4, 8, 3, padding=1)
+        self.two = nn.Conv2d(8, 8, 3, stride=2, padding=1, padding_mode="reflect", groups=2)
+        self.same = nn.Conv2d(8, 6, 3, padding="same", dilation=2)
+        self.three = nn.Conv3d(6, 5, (1, 3, 3), bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # (N, 4, 16)
+        h = self.one(x).unflatten(2, (4, 4)).repeat(1, 1, 3, 3)
+        return self.three(self.same(self.two(h))[:, :, None])
+
+
+class Lookup(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(30, 10, padding_idx=0)
+        self.out = nn.Linear(10, 3)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.out(self.table(ids))
+
+
+def _ids() -> dict[str, torch.Tensor]:
+    return {"input_ids": torch.randint(0, 96, (2, 9))}
+
+
+LLAMA = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+         "num_key_value_heads": 2, "vocab_size": 97, "max_position_embeddings": 64, "tie_word_embeddings": True}  # fmt: skip
+
+
+def llama() -> LlamaForCausalLM:
+    return LlamaForCausalLM(LlamaConfig(**LLAMA))
+
+
+def gpt2() -> GPT2LMHeadModel:
+    return GPT2LMHeadModel(
+        GPT2Config(n_layer=2, n_embd=32, n_head=4, vocab_size=97, n_positions=64, bos_token_id=0, eos_token_id=0)
+    )
+
+
+def bert() -> BertModel:
+    return BertModel(BertConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=97))
+
+
+def vit() -> ViTForImageClassification:
+    config = ViTConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, image_size=16)
+    config.patch_size, config.num_labels = 8, 3
+    return ViTForImageClassification(config)
+
+
+CASES = {
+    "mlp": Case(MLP, lambda: {"x": torch.randn(3, 5, 12)}, "all-linear", "first"),
+    "convolutions": Case(Convolutions, lambda: {"x": torch.randn(2, 4, 16)}, ("one", "two", "same", "three"), "two"),
+    "embedding": Case(Lookup, lambda: {"ids": torch.randint(0, 30, (2, 6))}, ("table", "out"), "table"),
+    "llama": Case(llama, _ids, "all-linear", "model.layers.1.mlp.up_proj"),
+    "llama embedding": Case(llama, _ids, ("embed_tokens", "q_proj"), "model.embed_tokens"),
+    "gpt2": Case(gpt2, _ids, "all-linear", "transformer.h.0.attn.c_attn"),
+    "bert": Case(bert, _ids, r".*\.(query|value)", "encoder.layer.0.attention.self.query"),
+    "vit": Case(vit, lambda: {"pixel_values": torch.randn(2, 3, 16, 16)}, ("q_proj", "v_proj", "projection"), "vit.embeddings.patch_embeddings.projection"),
+}
+
+
+def randomise(handle: AttachedAdapters, name: str = "default", size: float = 0.2) -> None:
+    """Give an adapter's tensors random values, so that its update is not zero."""
+    generator = torch.Generator().manual_seed(hash(name) % 1000)
+    with torch.no_grad():
+        for parameter in handle.trainable_tensors(name).values():
+            parameter.add_(torch.empty(parameter.shape).normal_(0, size, generator=generator).to(parameter))

@@ -13,7 +13,7 @@ import click
 import lorakit
 from lorakit.errors import nearest
 
-# verb -> (module that holds it as `command`, one line of help). It stands here so that `lorakit --help` imports no verb.
+# verb -> (module that holds it as `command`, one line of help, kept here so that `lorakit --help` imports no verb)
 VERBS: dict[str, tuple[str, str]] = {
     "demo": ("lorakit.cli.demo", "Train a small real model on a made task, and compare."),
     "check": (

@@ -1,0 +1,345 @@
+"""From a row to token ids and which of them are trained: `ChatFormat`. Knows templates and masks, no batches and no model.
+
+The mask is found by position. For the assistant turn at place i of a conversation, the prompt P is what a server would send,
+`render(messages[:i], add_generation_prompt=True)`; the text with the answer is F = `render(messages[:i+1])`. P must be a prefix of F, and what
+follows it, up to and including the first token at which generation stops, is what is trained. No marker is searched, so no text can imitate one.
+
+Turns of a conversation share one sequence as long as the tokens so far are a prefix of the next turn's P. Where a template rewrites
+the history (strips think blocks, ends only the last turn), they are not; the later turn then gets an example of its own. So every trained token has
+exactly the context it will have in serving, and every trained turn is trained once.
+"""
+
+from __future__ import annotations
+
+import os.path
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, Literal
+
+from lorakit.data.rendering import (
+    check_continuation,
+    check_prompt,
+    choose_template,
+    render,
+    starts_with_bos,
+    with_template,
+)
+from lorakit.data.schema import Conversation, Message, PlainText, PromptCompletion, parse_messages, parse_row
+from lorakit.data.sources import Origin, Row
+from lorakit.errors import ConfigError, DataError, ModelError
+from lorakit.models import stop_ids as find_stop_ids
+
+PROMPT_SHARE = 4  # of a row that must be cut, the prompt keeps at least one part in four before the answer is cut
+
+
+@dataclass(frozen=True)
+class Example:
+    """One sequence to train on."""
+
+    ids: list[int]
+    """Token ids, at most max_length."""
+
+    trained: list[bool]
+    """Same length: whether token i is a target. Never the first, at least one other."""
+
+    origin: Origin
+    """The row it came from."""
+
+    ends: bool = True
+    """Whether its last token is an end token and trained; False for a cut answer and for all but the last window of a long text."""
+
+    prompt_cut: bool = False
+    """Whether tokens of the prompt were left out to stay within max_length."""
+
+    answer_cut: bool = False
+    """Whether the answer's end was left out: it alone was too long."""
+
+    eos_appended: bool = False
+    """Whether the end token is ours: the template put none after the answer."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What a server would send for a row's last answer."""
+
+    ids: list[int]
+    references: tuple[str, ...]
+    """Every acceptable answer: the row's references, or else its own answer."""
+
+    origin: Origin
+
+
+@dataclass(frozen=True)
+class _Turn:
+    """An assistant turn in its context."""
+
+    prompt: list[int]
+    answer: list[int]
+    """Ends with a stop token."""
+
+    eos_appended: bool
+    text: str
+    """The answer as the template writes it, without its end."""
+
+
+class ChatFormat:
+    """How rows become tokens for one tokenizer. Stateless: rows may be encoded in any order.
+
+    Args:
+        tokenizer: a transformers tokenizer; left as it is.
+        stop_ids: ids at which generation stops (`models.stop_ids`); those of the chosen template are added.
+        max_length: most tokens of an example.
+        chat_template: see `rendering.choose_template`.
+        train_on: "assistant" trains assistant turns and their end token, "all" every token.
+
+    Raises:
+        ConfigError: an unknown template or train_on.
+        ModelError: the tokenizer names no end token.
+    """
+
+    tokenizer: Any
+    """The tokenizer with `template` set: what is saved beside an adapter."""
+
+    template: str | None
+    """Text of the chat template in use."""
+
+    stop_ids: frozenset[int]
+    """Every id at which generation stops with this template."""
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        stop_ids: frozenset[int],
+        max_length: int,
+        chat_template: str = "auto",
+        train_on: Literal["assistant", "all"] = "assistant",
+    ) -> None:
+        if train_on not in ("assistant", "all"):
+            raise ConfigError(f"train_on: must be assistant or all (got {train_on!r})")
+        if max_length < 2:
+            raise ConfigError(f"max_length: must be at least 2 (got {max_length})")
+        self.template = choose_template(tokenizer, chat_template)
+        self.tokenizer = with_template(tokenizer, self.template)
+        self.stop_ids = stop_ids | find_stop_ids(None, self.tokenizer)
+        if not self.stop_ids:
+            raise ModelError("the tokenizer names no end token (eos_token), so no answer could end")
+        self.max_length = max_length
+        self.train_on = train_on
+        eos = tokenizer.eos_token_id
+        self._eos: int = min(self.stop_ids) if eos is None else eos
+        self._start: list[int] = [tokenizer.bos_token_id] if starts_with_bos(tokenizer) else []
+        self._stop_texts = [text for text in tokenizer.convert_ids_to_tokens(sorted(self.stop_ids)) if text]
+
+    # ------------------------------------------------------------ what callers use
+
+    def encode(self, row: Row) -> list[Example]:
+        """A row's examples: one, or several where a template rewrites history or the row is long.
+
+        Raises:
+            DataError: begins with the row's file and line.
+        """
+        parsed = parse_row(row)
+        try:
+            if isinstance(parsed, PlainText):
+                ids = self._plain(parsed.text)
+                ended = ids[-1] in self.stop_ids
+                return list(self._windows(ids if ended else [*ids, self._eos], row.origin, eos_appended=not ended))
+            if isinstance(parsed, PromptCompletion):
+                if self.template is None:
+                    return self._finished([(self._plain_turn(parsed), 0)], row.origin)
+                parsed = _as_conversation(parsed)
+            return self._finished(self._turns(parsed), row.origin)
+        except DataError as error:
+            raise DataError(f"{row.origin}: {error}") from error
+
+    def prompt(self, row: Row) -> Prompt:
+        """The context of a row's last assistant turn, and what it should answer.
+
+        Raises:
+            DataError: the row has no prompt (a text row), or cannot be rendered; begins with its file and line.
+        """
+        parsed = parse_row(row)
+        try:
+            if isinstance(parsed, PlainText):
+                raise DataError("a text row has no prompt to answer")
+            if isinstance(parsed, PromptCompletion) and self.template is None:
+                ids = self._plain(parsed.prompt)
+                return Prompt(ids, parsed.references or (parsed.completion,), row.origin)
+            conversation = _as_conversation(parsed) if isinstance(parsed, PromptCompletion) else parsed
+            turn, last = self._turn(conversation, len(conversation.messages) - 1), conversation.messages[-1]
+            answer = turn.text if last.tool_calls else last.content
+            return Prompt(turn.prompt, conversation.references or (answer,), row.origin)
+        except DataError as error:
+            raise DataError(f"{row.origin}: {error}") from error
+
+    def prompt_ids(
+        self, prompt: str | Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = ()
+    ) -> list[int]:
+        """Ids of a prompt without an answer: messages, or a string (one user turn; plain text where there is no template).
+
+        Raises:
+            DataError: messages that are none, that the template refuses, or that have no template.
+        """
+        if isinstance(prompt, str):
+            if self.template is None:
+                return self._plain(prompt)
+            prompt = [{"role": "user", "content": prompt}]
+        messages = parse_messages(list(prompt))
+        self._require_template()
+        text = render(self.tokenizer, messages, tools, add_generation_prompt=True)
+        check_prompt(text, messages, tools)
+        return self._ids(text)
+
+    # ------------------------------------------------------------ turns
+
+    def _turns(self, conversation: Conversation) -> list[tuple[_Turn, int]]:
+        """The turns to train, each with the length of the prompt's head that a cut should keep."""
+        places = [i for i, m in enumerate(conversation.messages) if m.role == "assistant"]
+        if self.train_on == "assistant":
+            places = [i for i in places if conversation.messages[i].trained]
+        turns = []
+        for place in places:
+            turn = self._turn(conversation, place)
+            long = len(turn.prompt) + len(turn.answer) > self.max_length
+            turns.append((turn, self._head(conversation, turn.prompt) if long else 0))
+        return turns
+
+    def _turn(self, conversation: Conversation, place: int) -> _Turn:
+        """The assistant turn at `messages[place]`."""
+        self._require_template()
+        messages, tools = conversation.messages, conversation.tools
+        message, context = messages[place], messages[:place]
+        if not context:
+            raise DataError("the first turn is the assistant's: there is no prompt that it answers")
+        for text in self._stop_texts:
+            if text in message.content:
+                raise DataError(f"turn {place + 1}: the answer holds {text!r}, at which generation stops; remove it")
+        prompt = render(self.tokenizer, context, tools, add_generation_prompt=True)
+        full = render(self.tokenizer, messages[: place + 1], tools, add_generation_prompt=False)
+        if not full.startswith(prompt):
+            raise DataError(_mismatch(prompt, full, place))
+        continuation = full[len(prompt) :]
+        ends = [found for text in self._stop_texts if (found := continuation.find(text)) >= 0]
+        answer_text = continuation[: min(ends)] if ends else continuation
+        check_prompt(prompt, context, tools)
+        check_continuation(answer_text, message)
+        return self._split(self._ids, prompt, continuation, answer_text)
+
+    def _plain_turn(self, pair: PromptCompletion) -> _Turn:
+        """Prompt and completion without a template; the completion may bring its own end token."""
+        ends = [(found, text) for text in self._stop_texts if (found := pair.completion.find(text)) >= 0]
+        for place, text in ends:
+            if pair.completion[place + len(text) :].strip():
+                raise DataError(f"'completion' holds {text!r}, at which generation stops, before its end; remove it")
+        return self._split(self._plain, pair.prompt, pair.completion, pair.completion)
+
+    def _split(self, encode: Callable[[str], list[int]], prompt: str, continuation: str, text: str) -> _Turn:
+        """Tokens of prompt and continuation. Together, as the model knows text, unless a token would span the border: then each alone."""
+        prompt_ids, together = encode(prompt), encode(prompt + continuation)
+        size = len(prompt_ids)
+        answer = together[size:] if together[:size] == prompt_ids else self._ids(continuation)
+        stops = [place for place, token in enumerate(answer) if token in self.stop_ids]
+        if stops:
+            return _Turn(prompt_ids, answer[: stops[0] + 1], False, text.strip())
+        return _Turn(prompt_ids, [*answer, self._eos], True, text.strip())
+
+    def _head(self, conversation: Conversation, prompt: list[int]) -> int:
+        """How many of the prompt's first tokens a cut should keep: BOS and the system turn."""
+        system = 0
+        while conversation.messages[system].role == "system":
+            system += 1
+        beginning = prompt[:1] if prompt[:1] == [self.tokenizer.bos_token_id] else []
+        if system:
+            try:
+                text = render(
+                    self.tokenizer, conversation.messages[:system], conversation.tools, add_generation_prompt=False
+                )
+                beginning = self._ids(text)
+            except DataError:
+                pass  # a template that writes the system turn into the user's cannot render it alone
+        return len(os.path.commonprefix([beginning, prompt]))
+
+    # ------------------------------------------------------------ examples
+
+    def _finished(self, turns: Sequence[tuple[_Turn, int]], origin: Origin) -> list[Example]:
+        if self.train_on == "all":
+            turn, _ = turns[-1]
+            return list(self._windows([*turn.prompt, *turn.answer], origin, turn.eos_appended))
+        examples: list[Example] = []
+        for turn, head in turns:
+            example = self._example(turn, head, origin)
+            before = examples[-1] if examples else None
+            if before is not None and not example.prompt_cut and turn.prompt[: len(before.ids)] == before.ids:
+                trained = before.trained + example.trained[len(before.ids) :]
+                examples[-1] = Example(
+                    example.ids, trained, origin, example.ends, False, example.answer_cut, example.eos_appended
+                )
+            else:
+                examples.append(example)
+        return examples
+
+    def _example(self, turn: _Turn, head: int, origin: Origin) -> Example:
+        """Prompt and answer, cut to max_length so that the answer and its end stay: first the prompt from the left, behind its head."""
+        most_answer = self.max_length - min(len(turn.prompt), max(1, self.max_length // PROMPT_SHARE))
+        answer = turn.answer[:most_answer]
+        room = self.max_length - len(answer)
+        prompt = turn.prompt
+        if len(prompt) > room:
+            head = head if 2 * head <= room else 0
+            prompt = prompt[:head] + prompt[len(prompt) - room + head :]
+        answer_cut = len(answer) < len(turn.answer)
+        trained = [False] * len(prompt) + [True] * len(answer)
+        trained[0] = False
+        return Example(
+            prompt + answer,
+            trained,
+            origin,
+            ends=not answer_cut,
+            prompt_cut=len(prompt) < len(turn.prompt),
+            answer_cut=answer_cut,
+            eos_appended=turn.eos_appended and not answer_cut,
+        )
+
+    def _windows(self, ids: list[int], origin: Origin, eos_appended: bool) -> Iterator[Example]:
+        """Every token trained but the first; a long row in windows that share one token, so that none is lost."""
+        starts = [*range(0, len(ids) - 1, self.max_length - 1), len(ids) - 1]
+        for start, following in pairwise(starts):
+            window = ids[start : following + 1]
+            last = following == len(ids) - 1
+            yield Example(
+                window, [False] + [True] * (len(window) - 1), origin, ends=last, eos_appended=last and eos_appended
+            )
+
+    # ------------------------------------------------------------ tokens
+
+    def _ids(self, text: str) -> list[int]:
+        """Tokens of text that brings its own special tokens: none are added, so BOS is never doubled."""
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+        return ids
+
+    def _plain(self, text: str) -> list[int]:
+        """Tokens of text without a template, begun with BOS where the tokenizer does so and the text does not."""
+        ids = self._ids(text)
+        return ids if ids[:1] == self._start else self._start + ids
+
+    def _require_template(self) -> None:
+        if self.template is None:
+            raise DataError(
+                "messages need a chat template, and the tokenizer has none (or none was asked for): "
+                "use --chat-template chatml, or chatml-tools for tools"
+            )
+
+
+def _as_conversation(pair: PromptCompletion) -> Conversation:
+    """Strings with a chat template are one user turn and one assistant turn."""
+    return Conversation((Message("user", pair.prompt), Message("assistant", pair.completion)), (), pair.references)
+
+
+def _mismatch(prompt: str, full: str, place: int) -> str:
+    at = len(os.path.commonprefix([prompt, full]))
+    begin, end = max(0, at - 30), at + 50
+    return (
+        f"turn {place + 1}: prompt of training differs from prompt of generation: the chat template begins the answer with "
+        f"{prompt[begin:end]!r} when it asks for one, and has {full[begin:end]!r} there when it shows one"
+    )

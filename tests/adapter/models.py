@@ -1,4 +1,6 @@
-"""Small models with every kind of site, and a random adapter for each; shared by the tests of core, adapter and formats."""
+"""Small models with every kind of site, and a random adapter for each; shared by the tests of core, adapter and
+formats.
+"""
 
 from __future__ import annotations
 
@@ -59,13 +61,14 @@ class Convolutions(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.one = nn.Conv1d(4, 8, 3, padding=1)
-        self.two = nn.Conv2d(8, 8, 3, stride=2, padding=1, padding_mode="reflect", groups=2)
+        self.two = nn.Conv2d(8, 8, 3, stride=2, padding=1, groups=2)
+        self.circular = nn.Conv2d(8, 8, 3, padding=1, padding_mode="circular")
         self.same = nn.Conv2d(8, 6, 3, padding="same", dilation=2)
         self.three = nn.Conv3d(6, 5, (1, 3, 3), bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # (N, 4, 16)
         h = self.one(x).unflatten(2, (4, 4)).repeat(1, 1, 3, 3)
-        return self.three(self.same(self.two(h))[:, :, None])
+        return self.three(self.same(self.circular(self.two(h)))[:, :, None])
 
 
 class Lookup(nn.Module):
@@ -82,8 +85,17 @@ def _ids() -> dict[str, torch.Tensor]:
     return {"input_ids": torch.randint(0, 96, (2, 9))}
 
 
-LLAMA = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-         "num_key_value_heads": 2, "vocab_size": 97, "max_position_embeddings": 64, "tie_word_embeddings": True}  # fmt: skip
+LLAMA = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    # fmt: skip
+    "num_key_value_heads": 2,
+    "vocab_size": 97,
+    "max_position_embeddings": 64,
+    "tie_word_embeddings": True,
+}
 
 
 def llama() -> LlamaForCausalLM:
@@ -97,7 +109,9 @@ def gpt2() -> GPT2LMHeadModel:
 
 
 def bert() -> BertModel:
-    return BertModel(BertConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=97))
+    return BertModel(
+        BertConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=97)
+    )
 
 
 def vit() -> ViTForImageClassification:
@@ -108,13 +122,20 @@ def vit() -> ViTForImageClassification:
 
 CASES = {
     "mlp": Case(MLP, lambda: {"x": torch.randn(3, 5, 12)}, "all-linear", "first"),
-    "convolutions": Case(Convolutions, lambda: {"x": torch.randn(2, 4, 16)}, ("one", "two", "same", "three"), "two"),
+    "convolutions": Case(
+        Convolutions, lambda: {"x": torch.randn(2, 4, 16)}, ("one", "two", "circular", "same", "three"), "two"
+    ),
     "embedding": Case(Lookup, lambda: {"ids": torch.randint(0, 30, (2, 6))}, ("table", "out"), "table"),
     "llama": Case(llama, _ids, "all-linear", "model.layers.1.mlp.up_proj"),
     "llama embedding": Case(llama, _ids, ("embed_tokens", "q_proj"), "model.embed_tokens"),
     "gpt2": Case(gpt2, _ids, "all-linear", "transformer.h.0.attn.c_attn"),
     "bert": Case(bert, _ids, r".*\.(query|value)", "encoder.layer.0.attention.self.query"),
-    "vit": Case(vit, lambda: {"pixel_values": torch.randn(2, 3, 16, 16)}, ("q_proj", "v_proj", "projection"), "vit.embeddings.patch_embeddings.projection"),
+    "vit": Case(
+        vit,
+        lambda: {"pixel_values": torch.randn(2, 3, 16, 16)},
+        ("q_proj", "v_proj", "projection"),
+        "vit.embeddings.patch_embeddings.projection",
+    ),
 }
 
 

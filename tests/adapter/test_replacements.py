@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from adapter.models import CASES, randomise
 from torch import nn
 
 import lorakit
+from adapter.models import CASES, randomise
 from lorakit import LoRAConfig
 from lorakit.errors import AdapterError, TargetError
 

@@ -22,7 +22,7 @@ from lorakit.adapter.value import Adapter, BaseInfo, Factors
 from lorakit.core import initializers, lowrank
 from lorakit.core.deltas import LayerUpdate, LoRA, Replacement, trainable
 from lorakit.core.layer import ActiveState, AdaptedLayer, AdaptedModule, ReplacedModule, adapt, restore
-from lorakit.core.sites import EMBEDDING, Site, site_of
+from lorakit.core.sites import CONVOLUTION, EMBEDDING, Site, site_of
 from lorakit.core.weights import base_weight_of
 from lorakit.errors import AdapterError, AdapterMismatchError, ConfigError, TargetError, bullet_list, nearest
 
@@ -324,7 +324,7 @@ class AttachedAdapters:
         self, adapter: Adapter, targets: Targets, modules: Mapping[str, nn.Module], *, check_base: bool
     ) -> None:
         """Every tensor of the value must have its place in the model, and every place its tensor."""
-        expected = expected_shapes(targets, modules)
+        expected = _expected_shapes(adapter, targets, modules)
         found = {name: tuple(tensor.shape) for name, tensor in adapter.tensors().items()}
         problems = fingerprint.differences(adapter.base, self.base_info()) if check_base and adapter.base else []
         problems += [f"missing: {name} {shape}" for name, shape in expected.items() if name not in found]
@@ -373,11 +373,16 @@ class AttachedAdapters:
         self._residents[name] = resident
 
 
-def expected_shapes(targets: Targets, modules: Mapping[str, nn.Module]) -> dict[str, tuple[int, ...]]:
+def _expected_shapes(
+    adapter: Adapter, targets: Targets, modules: Mapping[str, nn.Module]
+) -> dict[str, tuple[int, ...]]:
     """Names (as `Adapter.tensors`) and shapes of every tensor an adapter with these targets must have."""
     shapes: dict[str, tuple[int, ...]] = {}
     for target in targets.layers:
         shape_A, shape_B = target.site.shapes(target.module, target.r, target.path)
+        factors, channels = adapter.factors.get(target.path), getattr(target.module, "in_channels", None)
+        if target.site is CONVOLUTION and factors is not None and factors.A.shape[1] == channels:
+            shape_A = (shape_A[0], channels, *shape_A[2:])  # PEFT's A reads all channels of a grouped convolution
         shapes |= {f"{target.path}.A": shape_A, f"{target.path}.B": shape_B}
     shapes |= {f"{path}.bias": tuple(modules[path].get_parameter("bias").shape) for path in targets.biases}
     for path in targets.replaced:

@@ -1,0 +1,127 @@
+"""Rows packed = rows alone, on every architecture that packs; those that cannot are found and run row by row."""
+
+import pytest
+import torch
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GptOssConfig,
+    GptOssForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from lorakit.data.batches import Batch
+from lorakit.packing import packed_attention, packed_logits
+
+SMALL = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    # fmt: skip
+    "num_key_value_heads": 2,
+    "vocab_size": 97,
+    "head_dim": 8,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+
+PACKING = {
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SMALL)),
+    "gpt2": lambda: GPT2LMHeadModel(
+        GPT2Config(n_layer=2, n_embd=32, n_head=4, vocab_size=97, n_positions=512, bos_token_id=1, eos_token_id=2)
+    ),
+    "gemma2: softcap and sliding window": lambda: Gemma2ForCausalLM(Gemma2Config(**SMALL, sliding_window=8)),
+    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SMALL)),
+    "mistral: sliding window": lambda: MistralForCausalLM(MistralConfig(**SMALL, sliding_window=6)),
+}
+ROW_BY_ROW = {
+    "gpt-oss: attention sinks": lambda: GptOssForCausalLM(GptOssConfig(**SMALL, num_local_experts=4, sliding_window=8)),
+    "mamba: state space": lambda: MambaForCausalLM(MambaConfig(hidden_size=32, num_hidden_layers=2, vocab_size=97)),
+}
+
+
+def batch(lengths=(5, 30, 31, 33, 60, 260, 261), every=3) -> Batch:
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, 97, (sum(lengths),), generator=generator)
+    positions = torch.cat([torch.arange(n) for n in lengths])
+    predict = torch.arange(0, sum(lengths) - 1, every)
+    return Batch(ids, positions, lengths, predict, ids[predict + 1], tuple(range(len(lengths))))
+
+
+def build(make, dtype=torch.float32):
+    torch.manual_seed(0)
+    return make().to(dtype).eval()
+
+
+def logits_and_gradient(model, rows: Batch):
+    model.zero_grad()
+    logits = packed_logits(model, rows)
+    logits.float().sin().sum().backward()
+    return logits.detach(), torch.cat([p.grad.flatten().float() for p in model.parameters() if p.grad is not None])
+
+
+@pytest.mark.parametrize("make", PACKING.values(), ids=PACKING)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.bfloat16, 2e-2)], ids=["fp32", "bf16"])
+def test_packed_equals_alone_with_gradients(make, dtype, tolerance):
+    model = build(make, dtype)
+    alone, gradient_alone = logits_and_gradient(model, batch())
+    with packed_attention(model) as packs:
+        assert packs
+        packed, gradient_packed = logits_and_gradient(model, batch())
+    assert (packed - alone).abs().max() <= tolerance * alone.abs().max()
+    assert (gradient_packed - gradient_alone).norm() <= tolerance * gradient_alone.norm()
+
+
+@pytest.mark.parametrize("make", ROW_BY_ROW.values(), ids=ROW_BY_ROW)
+def test_models_whose_rows_would_touch_are_found_and_run_alone(make):
+    model = build(make)
+    with packed_attention(model) as packs:
+        assert not packs
+        got = packed_logits(model, batch((5, 9), every=1))
+    rows = batch((5, 9), every=1)
+    expected = torch.cat([model(input_ids=rows.ids[None, s]).logits[0] for s in (slice(0, 5), slice(5, 14))])
+    torch.testing.assert_close(got, expected[rows.predict], rtol=1e-4, atol=1e-5)
+
+
+def test_a_row_cannot_see_its_neighbours():
+    model = build(PACKING["llama"])
+    rows = batch((20, 24, 22), every=1)
+    changed = Batch(
+        rows.ids.clone(), *(getattr(rows, n) for n in ("positions", "lengths", "predict", "targets", "rows"))
+    )
+    changed.ids[:20] = 5
+    changed.ids[44:] = 6
+    with packed_attention(model):
+        before, after = packed_logits(model, rows), packed_logits(model, changed)
+    inside = (rows.predict >= 20) & (rows.predict < 44)
+    assert torch.equal(before[inside], after[inside])
+    assert not torch.equal(before[~inside], after[~inside])
+
+
+def test_the_models_own_attention_is_back_whatever_is_raised():
+    model = build(PACKING["llama"])
+    own = model.config._attn_implementation
+    with pytest.raises(ZeroDivisionError), packed_attention(model):
+        raise ZeroDivisionError
+    assert model.config._attn_implementation == own
+
+
+def test_only_labelled_positions_reach_the_output_head():
+    model = build(PACKING["llama"])
+    seen = []
+    model.lm_head.register_forward_hook(lambda module, args, out: seen.append(args[0].shape[:2]))
+    with packed_attention(model):
+        seen.clear()
+        assert packed_logits(model, batch((8, 8), every=5)).shape == (3, 97)
+    assert seen == [(1, 3)]

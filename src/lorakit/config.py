@@ -23,17 +23,16 @@ from lorakit.errors import ConfigError, nearest
 
 @functools.cache
 def _validators(cls: type) -> dict[str, pydantic.TypeAdapter[Any]]:
-    """One pydantic validator per field: types are checked strictly, so "16" is no int and 1 is no bool."""
+    """One pydantic validator per field."""
     hints = typing.get_type_hints(cls)
-    # arbitrary types: a field may hold another Config, which has checked itself; pydantic then asks isinstance only.
-    return {f.name: pydantic.TypeAdapter(_opaque(hints[f.name])) for f in dataclasses.fields(cls) if f.init}
+    return {f.name: _validator(hints[f.name]) for f in dataclasses.fields(cls) if f.init}
 
 
-def _opaque(hint: Any) -> Any:
-    """The hint with nested Config classes checked by isinstance, not rebuilt field by field."""
+def _validator(hint: Any) -> pydantic.TypeAdapter[Any]:
+    """Strict: "16" is no int, NaN no number. A nested Config has checked itself: only its class counts."""
     if isinstance(hint, type) and issubclass(hint, Config):
-        return pydantic.InstanceOf[hint]  # type: ignore[misc]  # an alias to mypy, a class when it runs
-    return hint
+        return pydantic.TypeAdapter(pydantic.InstanceOf[hint])
+    return pydantic.TypeAdapter(hint, config=pydantic.ConfigDict(allow_inf_nan=False))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -161,6 +160,8 @@ class _UniqueKeyLoader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key_node, _ in node.value:
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise yaml.constructor.ConstructorError(None, None, "a key must be a plain value", key_node.start_mark)
             key = self.construct_object(key_node, deep=True)
             if key in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"key {key!r} given twice", key_node.start_mark)

@@ -72,10 +72,11 @@ def nearest(name: str, known: Iterable[str], count: int = 3) -> list[str]:
 
     Example: ``nearest("lerning_rate", ["learning_rate", "seed"]) == ["learning_rate"]``.
     """
-    known = list(known)
-    folded = {candidate.casefold(): candidate for candidate in known}
+    folded: dict[str, list[str]] = {}
+    for candidate in known:
+        folded.setdefault(candidate.casefold(), []).append(candidate)
     matches = difflib.get_close_matches(name.casefold(), folded, n=count, cutoff=0.5)
-    return [folded[match] for match in matches]
+    return [candidate for match in matches for candidate in folded[match]][:count]
 
 
 def bullet_list(problems: Sequence[str], limit: int = 20) -> str:

@@ -1,6 +1,7 @@
 """A run folder as one self-contained HTML page: no script, no outside resource, light and dark, phone and desk.
 
-A pure function of the folder's files (`run.yaml`, `metrics.jsonl`, `data.json`, `samples.json`, `result.json`); knows not how the run came about.
+A pure function of the folder's files (`run.yaml`, `metrics.jsonl`, `data.json`, `samples.json`, `result.json`); knows
+not how the run came about.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from typing import Any
 from lorakit.config import read_yaml
 from lorakit.files import JsonLines, read_json, write_text
 
-_WIDTH, _HEIGHT = 420, 230  # units of the drawing; on a phone one unit is a little under one CSS pixel, so 12-unit text stays readable
+# Units of the drawing. On a phone one unit is a little under one CSS pixel, so text of 12 units stays readable.
+_WIDTH, _HEIGHT = 420, 230
 _LEFT, _RIGHT, _TOP, _BOTTOM = 48, 12, 10, 36
 _MOST_POINTS = 400  # per curve; more cannot be seen and make the file big
 
@@ -44,9 +46,9 @@ def write_report(run_dir: str | Path) -> Path:
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     run_dir = Path(run_dir)
-    template = Environment(loader=PackageLoader("lorakit"), autoescape=True, undefined=StrictUndefined).get_template("report.html.jinja")
+    environment = Environment(loader=PackageLoader("lorakit"), autoescape=True, undefined=StrictUndefined)
     page = run_dir / "report.html"
-    write_text(page, template.render(_contents(run_dir)))
+    write_text(page, environment.get_template("report.html.jinja").render(_contents(run_dir)))
     return page
 
 
@@ -61,36 +63,37 @@ def _contents(run_dir: Path) -> dict[str, Any]:
     return {
         "name": run_dir.resolve().name,
         "subtitle": f"{settings['model']} on {settings['data']}, lorakit {result['lorakit_version']}",
-        "warnings": _warnings(result),
+        "warnings": _warnings(run_dir, result),
         "tiles": _tiles(result),
         "loss_chart": _loss_chart(steps, evaluations, result["best_step"]),
         "rate_chart": _rate_chart(steps),
-        "evaluations": [
-            {"step": f"{row['step']:,}", "loss": f"{row['eval_loss']:.4f}", "best": row["step"] == result["best_step"]} for row in evaluations
-        ],
+        "evaluations": evaluations,
+        "best_step": result["best_step"],
         "samples": samples,
-        "tables": [
-            {"title": f"Data: {title}", "rows": list(_flat(statistics))} for title, statistics in data.items()
-        ] + [{"title": "Settings", "rows": list(_flat(settings))}],
-        "commands": [f"lorakit {verb} --adapter {run_dir / 'best'}" for verb in ("chat", "generate")] if result["best_step"] else [],
-    }  # fmt: skip
+        "tables": [(f"Data: {name}", _flat(statistics)) for name, statistics in data.items()]
+        + [("Settings", _flat(settings))],
+        "adapter": run_dir / "best" if result["best_step"] else None,
+    }
 
 
-def _warnings(result: Mapping[str, Any]) -> list[str]:
+def _warnings(run_dir: Path, result: Mapping[str, Any]) -> list[str]:
     found = []
     if result["interrupted"]:
-        found.append(f"Interrupted at step {result['step']} of {result['total_steps']}. {result['resume']} goes on exactly there.")
-    if result["best_loss"] is not None and result["initial_loss"] is not None and result["best_loss"] >= result["initial_loss"]:
+        where = f"step {result['step']} of {result['total_steps']}"
+        found.append(f"Interrupted at {where}. lorakit train --resume --output {run_dir} goes on exactly there.")
+    before, after = result["initial_loss"], result["best_loss"]
+    if before is not None and after is not None and after >= before:
         found.append("The adapter is no better than the base model on the validation rows.")
     return found
 
 
 def _tiles(result: Mapping[str, Any]) -> list[dict[str, str]]:
+    best = f"base model → best adapter, step {result['best_step']} of {result['total_steps']}"
     tiles = [
         {
             "label": "Validation loss",
             "value": f"{_loss(result['initial_loss'])} → {_loss(result['best_loss'])}",
-            "detail": f"base model → best adapter, step {result['best_step']:,} of {result['total_steps']:,}" if result["best_step"] else "",
+            "detail": best if result["best_step"] else "",
         },
         {
             "label": "Trained parameters",
@@ -104,7 +107,9 @@ def _tiles(result: Mapping[str, Any]) -> list[dict[str, str]]:
         speed = result["tokens"] / result["seconds"]
         where = f"{result['device']}, {result['dtype']}"
         tiles.append({"label": "Speed", "value": f"{speed:,.0f} tokens/s", "detail": where})
-        tiles.append({"label": "Training time", "value": duration(result["seconds"]), "detail": f"{result['tokens']:,} tokens"})
+        tiles.append(
+            {"label": "Training time", "value": duration(result["seconds"]), "detail": f"{result['tokens']:,} tokens"}
+        )
     return tiles
 
 
@@ -116,7 +121,7 @@ def count(number: int) -> str:
     """A parameter count in words: 921600 -> "922K", 134515008 -> "135M"."""
     for limit, unit in ((1e9, "B"), (1e6, "M"), (1e3, "K")):
         if number >= limit:
-            return f"{number / limit:.3g}{unit}" if number < 1000 * limit else f"{number / limit:,.0f}{unit}"
+            return f"{_three_figures(number / limit)}{unit}"
     return str(number)
 
 
@@ -124,8 +129,12 @@ def size(nbytes: int) -> str:
     """A file size: 19560000 -> "19.6 MB"."""
     for limit, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
         if nbytes >= limit:
-            return f"{nbytes / limit:.3g} {unit}"
+            return f"{_three_figures(nbytes / limit)} {unit}"
     return f"{nbytes} B"
+
+
+def _three_figures(value: float) -> str:
+    return f"{value:.3g}" if value < 999.5 else f"{value:,.0f}"
 
 
 def duration(seconds: float) -> str:
@@ -166,13 +175,16 @@ def _words(value: Any) -> str:
 # ---------------------------------------------------------------- charts
 
 
-def _loss_chart(steps: Sequence[Mapping[str, Any]], evaluations: Sequence[Mapping[str, Any]], best_step: int | None) -> Any:
+def _loss_chart(
+    steps: Sequence[Mapping[str, Any]], evaluations: Sequence[Mapping[str, Any]], best_step: int | None
+) -> Any:
     train = thinned([(row["step"], row["loss"]) for row in steps])
     valid = [(row["step"], row["eval_loss"]) for row in evaluations]
     curves = [Curve(train, "train raw"), Curve(smoothed(train), "train"), Curve(valid, "valid", marked=True)]
     words = "No steps yet."
     if train:
-        words = f"Training loss from {train[0][1]:.3f} at step {train[0][0]:.0f} to {train[-1][1]:.3f} at step {train[-1][0]:.0f}."
+        (first, high), (last, low) = train[0], train[-1]
+        words = f"Training loss from {high:.3f} at step {first:.0f} to {low:.3f} at step {last:.0f}."
     if valid:
         words += f" Validation loss from {valid[0][1]:.3f} to {valid[-1][1]:.3f}."
     best = next(((x, y) for x, y in valid if x == best_step), None)
@@ -196,7 +208,7 @@ def thinned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
 
 
 def smoothed(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """A centred moving average over a fifteenth of the curve, so that the trend shows through the noise of single steps."""
+    """A centred moving average over a fifteenth of the curve: the trend behind the noise of single steps."""
     reach = len(points) // 30
     windows = [points[max(0, i - reach) : i + reach + 1] for i in range(len(points))]
     return [(x, sum(y for _, y in window) / len(window)) for (x, _), window in zip(points, windows, strict=True)]
@@ -243,9 +255,9 @@ def chart(
         _, down = place(x_low, y)
         parts.append(f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{down}" y2="{down}"/>')
         parts.append(f'<text x="{_LEFT - 6}" y="{down + 4}" text-anchor="end">{_tick(y)}</text>')
-    for x in x_ticks:
-        if x_low <= x <= x_high:
-            parts.append(f'<text x="{place(x, y_low)[0]}" y="{_HEIGHT - _BOTTOM + 16}" text-anchor="middle">{x:,.0f}</text>')
+    for x in (x for x in x_ticks if x_low <= x <= x_high):
+        across, down = place(x, y_low)
+        parts.append(f'<text x="{across}" y="{down + 16}" text-anchor="middle">{x:,.0f}</text>')
     parts.append(f'<text x="{(_LEFT + _WIDTH - _RIGHT) / 2}" y="{_HEIGHT - 4}" text-anchor="middle">step</text>')
     for curve in curves:
         placed = [place(x, y) for x, y in curve.points]
@@ -255,10 +267,11 @@ def chart(
             parts += [f'<circle class="{curve.classes}" cx="{x}" cy="{y}" r="3"/>' for x, y in placed]
     if circled is not None:
         x, y = place(*circled)
-        parts.append(f'<circle class="best" cx="{x}" cy="{y}" r="5"><title>best: {circled[1]:.4f} at step {circled[0]:.0f}</title></circle>')
+        parts.append(f'<circle class="best" cx="{x}" cy="{y}" r="5"/>')
     return Markup(  # noqa: S704 - numbers formatted above; the words are escaped
         f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-labelledby="{name}-title {name}-words">'
-        f'<title id="{name}-title">{escape(title)}</title><desc id="{name}-words">{escape(description)}</desc>{"".join(parts)}</svg>'
+        f'<title id="{name}-title">{escape(title)}</title><desc id="{name}-words">{escape(description)}</desc>'
+        f"{''.join(parts)}</svg>"
     )
 
 

@@ -1,7 +1,8 @@
-"""Checkpoints of a run: everything that determines its remaining steps, in `checkpoints/step-N/`. Knows files and tensors, not training.
+"""Checkpoints: everything that determines the remaining steps of a run, in `checkpoints/step-N/`. Knows no training.
 
-A checkpoint is a folder committed whole, its manifest last: adapter and optimiser (safetensors, fp32 exact), the best adapter so far, and the
-cursor (JSON). There is no generator state to store: every draw of a run is a function of integers.
+A checkpoint is a folder committed whole, its manifest last: adapter and optimiser (safetensors, fp32 exact), the best
+adapter so far, and the cursor (JSON). There is no generator state to store: every draw of a run is a function of
+integers.
 """
 
 from __future__ import annotations
@@ -27,6 +28,9 @@ class Cursor:
 
     step: int = 0
     """Optimiser steps done."""
+
+    updates: int = 0
+    """Those that changed the adapter: not at a rate of zero (first of a warm-up), nor skipped by the fp16 scaler."""
 
     tokens: int = 0
     """Tokens that went through the model for training."""
@@ -121,7 +125,9 @@ def load_newest(folder: Path) -> tuple[Checkpoint | None, dict[str, Any], list[s
         except FileError as error:
             damages.append(str(error))
     if damages:
-        raise RunError(f"{folder}: no checkpoint is sound:\n" + "\n".join(damages) + "\nStart anew in another output folder.")
+        raise RunError(
+            f"{folder}: no checkpoint is sound:\n" + "\n".join(damages) + "\nStart anew in another output folder."
+        )
     return None, {}, []
 
 

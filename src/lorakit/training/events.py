@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 
 @dataclass(frozen=True)
@@ -14,7 +13,8 @@ class DataReady:
 
     train_rows: int
     valid_rows: int
-    statistics: dict[str, Any]
+    lines: tuple[str, ...]
+    """What a person should know of them."""
 
 
 @dataclass(frozen=True)
@@ -25,13 +25,13 @@ class ModelReady:
     dtype: str
     device: str
     layers: int
-    r: int
+    ranks: tuple[int, ...]
     trained: int
 
 
 @dataclass(frozen=True)
 class Resumed:
-    """The run goes on from a checkpoint; `damaged` says what was wrong with newer ones, `changed` what differs in the machine."""
+    """The run goes on from a checkpoint; newer ones were `damaged`, and this of the machine has `changed`."""
 
     step: int
     damaged: tuple[str, ...] = ()

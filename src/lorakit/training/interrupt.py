@@ -24,7 +24,7 @@ class StopRequest:
 
 @contextlib.contextmanager
 def stop_request() -> Iterator[StopRequest]:
-    """While entered, the first SIGINT or SIGTERM sets the request instead of stopping the process; a second one acts as it did before.
+    """While entered, the first SIGINT or SIGTERM sets the request and stops nothing; a second one acts as before.
 
     Outside the main thread, where Python allows no handlers, the request is never set.
     """

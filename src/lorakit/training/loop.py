@@ -1,7 +1,8 @@
-"""The training loop: from examples and an attached adapter to a trained one. Knows no files but checkpoints and metrics, no tokenizer, no display.
+"""The training loop: from examples and an attached adapter to a trained one. Knows no tokenizer and no display.
 
-Every draw is a function of integers: the order of rows of (seed, epoch), dropout of (seed, step, micro-batch). So the loop can stop after any step
-and go on in another process, and the result is bit for bit that of the loop that never stopped.
+Every draw is a function of integers: the order of rows of (seed, epoch), dropout of (seed, step, micro-batch). So the
+loop can stop after any step and go on in another process, and the result is bit for bit that of the loop that never
+stopped.
 """
 
 from __future__ import annotations
@@ -38,7 +39,9 @@ from lorakit.training.optim import (
     set_learning_rate,
 )
 
-MOST_SKIPPED_STEPS = 20  # in a row, by the fp16 scaler: from 65,536 its scale is then below 0.1, so scaling is not what is wrong
+MOST_SKIPPED_STEPS = (
+    20  # in a row, by the fp16 scaler: from 65,536 its scale is then below 0.1, so scaling is not what is wrong
+)
 
 
 @dataclass(frozen=True)
@@ -99,8 +102,8 @@ def fit(
 ) -> Fitted:
     """Train `tensors` in place.
 
-    A step's loss is the mean over all its labelled tokens, however they are divided into micro-batches. The model is in train mode (which turns on
-    the base's own dropout too, as in PEFT) only while a step runs.
+    A step's loss is the mean over all its labelled tokens, however they are divided into micro-batches. The model is in
+    train mode (which turns on the base's own dropout too, as in PEFT) only while a step runs.
 
     Args:
         model: a causal language model with the adapter attached and active.
@@ -153,7 +156,9 @@ def fit(
     with stop_request() as stop:
         while True:
             at_end = cursor.step == plan.total_steps
-            if (cursor.step % config.eval_steps == 0 or at_end) and cursor.evaluated_step != cursor.step:
+            evaluation_due = cursor.step % config.eval_steps == 0 or at_end
+            # An interrupted step leaves its evaluation, which can take long, to the run that goes on.
+            if evaluation_due and cursor.evaluated_step != cursor.step and not stop:
                 start = time.perf_counter()
                 loss, _ = mean_loss(model, valid, micro_batch_tokens=config.micro_batch_tokens)
                 better = _take_evaluation(cursor, loss)
@@ -163,9 +168,10 @@ def fit(
                 write({"step": cursor.step, "eval_loss": loss})
                 on_event(Evaluated(cursor.step, loss, better, time.perf_counter() - start))
             stopped_early = config.early_stop is not None and cursor.evaluations_without_better >= config.early_stop
-            if (cursor.step % config.save_steps == 0 or at_end or stopped_early) and cursor.step != saved_step:
+            ends = at_end or stopped_early or bool(stop)
+            if (cursor.step % config.save_steps == 0 or ends) and cursor.step != saved_step:
                 save()
-            if at_end or stopped_early or stop:
+            if ends:
                 break
 
             start = time.perf_counter()
@@ -179,18 +185,19 @@ def fit(
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
-
-            seconds = time.perf_counter() - start
             tokens = sum(plan.lengths[i] for indices in micro_batches for i in indices)
-            cursor.step, cursor.tokens, cursor.seconds = cursor.step + 1, cursor.tokens + tokens, cursor.seconds + seconds
-            shown_norm = norm if math.isfinite(norm) else None  # JSON has no infinity; null says that the fp16 scaler skipped the step
-            row = {"step": cursor.step, "loss": loss, "lr": rate, "grad_norm": shown_norm, "tokens": tokens}
-            write({**row, "seconds": round(seconds, 4)})
+            seconds = time.perf_counter() - start
+
+            cursor.step += 1
+            cursor.updates += rate > 0 and math.isfinite(norm)
+            cursor.tokens += tokens
+            cursor.seconds += seconds
+            # JSON has no infinity: null says that the fp16 scaler skipped the step.
+            row = {"step": cursor.step, "loss": loss, "lr": rate, "grad_norm": norm if math.isfinite(norm) else None}
+            write({**row, "tokens": tokens, "seconds": round(seconds, 4)})
             on_event(StepDone(cursor.step, plan.total_steps, loss, rate, tokens, seconds))
-            if stop:  # before the evaluation this step may owe: it can take long, and a resumed run makes up for it
-                save()
-                break
-    return Fitted(cursor, best, interrupted=not (at_end or stopped_early), stopped_early=stopped_early and not at_end)
+    finished = stopped_early or (at_end and cursor.evaluated_step == cursor.step)
+    return Fitted(cursor, best, interrupted=not finished, stopped_early=stopped_early and not at_end)
 
 
 _ADVICE = "Lower --learning-rate, or use --dtype fp32; the checkpoints before this step are sound."
@@ -204,7 +211,7 @@ def _accumulate(
     seed: int,
     step: int,
 ) -> float:
-    """Forward and backward of one step, micro-batch by micro-batch: d(sum of token losses / labelled tokens of the whole step).
+    """Forward and backward of a step by micro-batches, for the sum of token losses / labelled tokens of the step.
 
     Returns:
         The step's mean loss per labelled token.
@@ -252,12 +259,13 @@ def _check_gradient(
 
 
 def _take_evaluation(cursor: Cursor, loss: float) -> bool:
-    """Note an evaluation in the cursor; whether it is the best of a trained adapter (at step 0 there is none yet)."""
+    """Note an evaluation in the cursor; whether it is the best of an adapter that has been updated at all."""
     if not math.isfinite(loss):
         raise NonFiniteLossError(f"the validation loss is {loss} after step {cursor.step}. {_ADVICE}")
     cursor.evaluated_step = cursor.step
     if cursor.step == 0:
         cursor.initial_loss = loss
+    if cursor.updates == 0:
         return False
     if cursor.best_loss is None or loss < cursor.best_loss:
         cursor.best_loss, cursor.best_step, cursor.evaluations_without_better = loss, cursor.step, 0
@@ -268,7 +276,7 @@ def _take_evaluation(cursor: Cursor, loss: float) -> bool:
 
 @contextmanager
 def seeded(device: torch.device, *numbers: int) -> Iterator[None]:
-    """Inside, torch's generators start from a function of `numbers`; afterwards those of the CPU and of CUDA are as they were."""
+    """Inside, torch's generators start from a function of `numbers`; afterwards (CPU, CUDA) they are as they were."""
     digest = hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest()
     forked = range(torch.cuda.device_count()) if device.type == "cuda" else ()
     with torch.random.fork_rng(forked):
@@ -285,10 +293,14 @@ def restore_tensors(tensors: Mapping[str, torch.nn.Parameter], saved: Mapping[st
     """
     if set(tensors) != set(saved):
         differing = sorted(set(tensors) ^ set(saved))
-        raise RunError(f"the checkpoint is of another adapter; tensors in only one of the two: {', '.join(differing[:5])}")
+        raise RunError(
+            f"the checkpoint is of another adapter; tensors in only one of the two: {', '.join(differing[:5])}"
+        )
     for name, tensor in tensors.items():
         if tensor.shape != saved[name].shape:
-            raise RunError(f"the checkpoint's {name} has shape {tuple(saved[name].shape)}, the adapter {tuple(tensor.shape)}")
+            raise RunError(
+                f"the checkpoint's {name} has shape {tuple(saved[name].shape)}, the adapter {tuple(tensor.shape)}"
+            )
         tensor.copy_(saved[name])
 
 
@@ -300,5 +312,8 @@ def keep_metrics(metrics: JsonLines, cursor: Cursor) -> None:
     """
     rows = metrics.rows()
     if len(rows) < cursor.metric_rows:
-        raise RunError(f"{metrics.path}: {len(rows)} rows, but the checkpoint of step {cursor.step} was written after {cursor.metric_rows}")
+        raise RunError(
+            f"{metrics.path} holds {len(rows)} rows, the checkpoint of step {cursor.step} was written after "
+            f"{cursor.metric_rows}: restore the file, or start anew in another output folder"
+        )
     metrics.keep(rows[: cursor.metric_rows])

@@ -1,4 +1,4 @@
-"""What turns gradients into a step: learning-rate schedules, AdamW, clipping, fp16 loss scaling. Knows tensors by name, not what they adapt."""
+"""From gradients to a step: learning-rate schedules, AdamW, clipping, fp16 scaling. Knows named tensors, no layers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _MOMENTS = ("exp_avg", "exp_avg_sq", "step")  # AdamW's state of one parameter: 
 
 
 def warmup_steps(config: TrainConfig, total_steps: int) -> int:
-    """Steps of warm-up: the configured share, rounded up as transformers does, but always leaving a step at the full rate."""
+    """Steps of warm-up: the configured share, rounded up as in transformers, always leaving a step at the full rate."""
     return min(math.ceil(config.warmup * total_steps), total_steps - 1)
 
 
@@ -38,7 +38,7 @@ def learning_rate(config: TrainConfig, step: int, total_steps: int) -> float:
 
 
 def make_optimizer(config: TrainConfig, tensors: Mapping[str, torch.nn.Parameter]) -> torch.optim.AdamW:
-    """AdamW over named tensors, in their order. The fused kernel is one pass over memory on every device that has it."""
+    """AdamW over named tensors, in their order; fused (one pass over memory) on every device that can."""
     device = next(iter(tensors.values())).device.type
     return torch.optim.AdamW(
         list(tensors.values()),
@@ -57,7 +57,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
 
 
 def make_scaler(dtype: torch.dtype, device: torch.device) -> torch.amp.GradScaler:
-    """Loss scaling for a fp16 base (its activations' gradients underflow without); for other dtypes one that does nothing."""
+    """Loss scaling for an fp16 base, whose gradients underflow without; for other dtypes one that does nothing."""
     return torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 
 

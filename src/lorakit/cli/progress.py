@@ -1,0 +1,132 @@
+"""How a run looks in a terminal: a few lines, and one that moves; elsewhere, a plain line now and then."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+
+from lorakit.report import count, duration
+from lorakit.training.events import (
+    Checkpointed,
+    DataReady,
+    Evaluated,
+    Event,
+    ModelReady,
+    Phase,
+    Resumed,
+    StepDone,
+)
+
+_PLAIN_SECONDS = 30.0  # between plain lines, besides those at evaluations
+_RECENT = 10  # steps over which loss and speed are averaged for the eye
+
+
+class TrainingDisplay:
+    """Shows the events of a run on a console; give it to `train` as `on_event`.
+
+    Example: ``with TrainingDisplay(console) as display: train(config, display)``
+    """
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._progress = Progress(
+            BarColumn(bar_width=20),
+            TextColumn("{task.description}"),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        self._task = self._progress.add_task("", total=None)
+        self._losses: deque[float] = deque(maxlen=_RECENT)
+        self._speeds: deque[tuple[int, float]] = deque(maxlen=_RECENT)
+        self._valid: float | None = None
+        self._start: tuple[float, int] | None = None  # when this process began its first step, and which it was
+        self._last_plain = 0.0
+        self._line = ""
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    def __call__(self, event: Event) -> None:
+        """Show one event."""
+        match event:
+            case Phase():
+                self._progress.update(self._task, description=f"{event.text} ...")
+            case DataReady():
+                for line in event.lines:
+                    self._console.print(line)
+            case ModelReady():
+                self._console.print(model_line(event))
+            case Resumed():
+                self._say_resumed(event)
+            case StepDone():
+                self._take_step(event)
+            case Evaluated():
+                self._take_evaluation(event)
+            case Checkpointed():
+                pass  # every few minutes, and nothing to act on
+
+    def _say_resumed(self, event: Resumed) -> None:
+        for damage in event.damaged:
+            self._console.print(f"resume a checkpoint is damaged and was passed over: {damage}")
+        self._console.print(
+            f"resume goes on after step {event.step:,}"
+            if event.step
+            else "resume no checkpoint yet; from the first step"
+        )
+        if event.changed:
+            self._console.print(
+                f"resume the machine differs from before ({'; '.join(event.changed)}): "
+                "the result will equal the uninterrupted run's to rounding, not to the bit"
+            )
+
+    def _take_step(self, event: StepDone) -> None:
+        if self._start is None:
+            self._start = (time.monotonic() - event.seconds, event.step - 1)
+        self._losses.append(event.loss)
+        self._speeds.append((event.tokens, event.seconds))
+        begun, first = self._start
+        left = (time.monotonic() - begun) / (event.step - first) * (event.total_steps - event.step)
+        speed = sum(tokens for tokens, _ in self._speeds) / sum(seconds for _, seconds in self._speeds)
+        parts = [f"step {event.step:,}/{event.total_steps:,}", f"loss {sum(self._losses) / len(self._losses):.3f}"]
+        if self._valid is not None:
+            parts.append(f"valid {self._valid:.3f}")
+        parts += [f"{speed:,.0f} tok/s", f"{duration(left)} left"]
+        self._line = "  ".join(parts)
+        self._progress.update(self._task, completed=event.step, total=event.total_steps, description=self._line)
+        if time.monotonic() - self._last_plain > _PLAIN_SECONDS:
+            self._plain(self._line)
+
+    def _take_evaluation(self, event: Evaluated) -> None:
+        self._valid = event.loss
+        note = "base model" if event.step == 0 else "best so far" if event.best else "not better"
+        line = f"step {event.step:,}  valid {event.loss:.4f}  {note}"
+        if self._console.is_terminal:
+            self._console.print(line)
+        else:
+            self._plain(line)
+
+    def _plain(self, line: str) -> None:
+        if not self._console.is_terminal:
+            self._console.print(line)
+            self._last_plain = time.monotonic()
+
+
+def model_line(event: ModelReady) -> str:
+    """`model  494M parameters, bf16 on cpu; 168 layers adapted, r=16: 8.8M trained (1.8%)`."""
+    ranks = "-".join(str(r) for r in dict.fromkeys((event.ranks[0], event.ranks[-1]))) if event.ranks else "none"
+    return (
+        f"model  {count(event.parameters)} parameters, {event.dtype} on {event.device}; {event.layers} layers adapted, "
+        f"r={ranks}: {count(event.trained)} trained ({event.trained / event.parameters:.1%})"
+    )

@@ -1,0 +1,358 @@
+"""A whole run, from a config to a verified adapter in a run folder. Knows the order of things, and does none itself.
+
+What can fail cheaply fails first: settings, run folder, data. Then the model is loaded, the adapter attached and
+trained, and nothing is called done before the base is proved unchanged and the saved adapter has been read back.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import lorakit
+from lorakit import machine
+from lorakit.adapter.attach import AttachedAdapters, attach
+from lorakit.adapter.value import Adapter
+from lorakit.data.chat import ChatFormat, Prompt
+from lorakit.data.prepare import Data, read_data
+from lorakit.data.schema import schema_of
+from lorakit.errors import RunError, bullet_list
+from lorakit.files import JsonLines, atomic_folder, locked_folder, read_json, write_json, write_text
+from lorakit.generation import generate
+from lorakit.models import load_model, load_tokenizer, resolve, stop_ids
+from lorakit.report import write_report
+from lorakit.training.checkpoint import Checkpoint, load_newest, remove_leftovers
+from lorakit.training.config import TrainConfig
+from lorakit.training.events import DataReady, ModelReady, OnEvent, Phase, Resumed
+from lorakit.training.identity import differences, identity_of, machine_changes
+from lorakit.training.loop import Fitted, Plan, fit, restore_tensors
+from lorakit.training.verify import weights_checksum
+
+ADAPTER_NAME = "default"
+EVALUATIONS = 10  # a run, unless eval_steps says otherwise
+SAMPLE_TOKENS = 128
+_CONTENTS = (
+    "run.yaml",
+    "metrics.jsonl",
+    "data.json",
+    "samples.json",
+    "result.json",
+    "report.html",
+    "best",
+    "last",
+    "checkpoints",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """What a run came to."""
+
+    directory: str
+    adapter: str | None
+    """Folder of the best adapter; None where an interrupted run has none yet."""
+
+    interrupted: bool
+    stopped_early: bool
+    step: int
+    total_steps: int
+    initial_loss: float | None
+    """Validation loss per token of the base model."""
+
+    best_loss: float | None
+    """Validation loss per token of the best adapter."""
+
+    best_step: int | None
+    final_loss: float | None
+    """Validation loss per token at the newest evaluation."""
+
+    train_loss: float | None
+    """Training loss per token of the last step."""
+
+    seconds: float
+    """Time spent in steps."""
+
+    tokens: int
+    """Tokens that went through the model in steps."""
+
+    parameters: int
+    trained_parameters: int
+    adapter_bytes: int | None
+    dtype: str
+    device: str
+    report: str
+    lorakit_version: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(self)
+
+
+def train(config: TrainConfig, on_event: OnEvent | None = None) -> Run:
+    """Train an adapter on a data file and leave it, verified, in a run folder.
+
+    Args:
+        config: everything that determines the run; `resume=True` goes on with the run in `output`.
+        on_event: told what happens (`lorakit.training.events`).
+
+    Raises:
+        DataError: the rows cannot be read, or would train nothing or the wrong thing.
+        RunError: the run folder is in use, holds another run, or cannot be resumed with this config.
+        ModelError: the base cannot be found or read.
+        TargetError: the adapter's config names what is not in the model.
+        NonFiniteLossError: the loss or gradient is no longer finite.
+    """
+    folder = Path(config.output)
+    with locked_folder(folder):
+        if config.resume:
+            config = _as_begun(config, folder)
+        else:
+            _refuse_used(folder)
+        return _train(config, folder, on_event or (lambda event: None))
+
+
+def _train(config: TrainConfig, folder: Path, on_event: OnEvent) -> Run:
+    machine.tune_allocator()
+    device = machine.resolve_device(config.device)
+    on_event(Phase("reading the data"))
+    tokenizer = load_tokenizer(config.model)
+    chat = ChatFormat(tokenizer, stop_ids(None, tokenizer), config.max_length, config.chat_template, config.train_on)
+    data = read_data(config.data, config.validation, config.validation_share, config.seed, chat)
+    train_examples, valid_examples = data.train.examples, data.valid.examples
+    on_event(DataReady(len(data.train.rows), len(data.valid.rows), data.lines()))
+    total_steps = Plan.of(config, train_examples).total_steps
+    config = _resolved(config, device, total_steps)
+
+    on_event(Phase("loading the model"))
+    model, _ = load_model(config.model, config.dtype, config.device)
+    adapters = attach(model, config.lora, ADAPTER_NAME, seed=config.seed)
+    tensors = adapters.trainable_tensors(ADAPTER_NAME)
+    base_before = weights_checksum(model)
+    on_event(_model_ready(adapters, config))
+
+    identity = identity_of(config, train_examples, valid_examples, chat.template, adapters.base_info(), device)
+    checkpoint = _checkpoint(folder, identity, on_event) if config.resume else None
+    write_text(folder / "run.yaml", _located(config).to_yaml())
+    write_json(folder / "data.json", data.statistics())
+    samples = _Samples(folder / "samples.json", model, chat, _sample_prompts(config.samples, data, chat, model))
+    with adapters.disabled():
+        samples.take("before", on_event)
+
+    def save_best() -> None:
+        _save_adapter(adapters, chat.tokenizer, folder / "best")
+
+    if checkpoint is not None and checkpoint.best:
+        restore_tensors(tensors, checkpoint.best)
+        save_best()  # what lies there may be from later steps than the checkpoint
+    fitted = fit(
+        model,
+        tensors,
+        train_examples,
+        valid_examples,
+        config,
+        folder=folder,
+        identity=identity,
+        checkpoint=checkpoint,
+        on_event=on_event,
+        on_best=save_best,
+    )
+    if weights_checksum(model) != base_before:
+        raise RunError(
+            f"{folder}: the base model's weights changed during training, so this adapter fits no base; discard it"
+        )
+    if not fitted.interrupted:
+        _save_adapter(adapters, chat.tokenizer, folder / "last")
+        restore_tensors(tensors, fitted.best)
+        if Adapter.load(folder / "best").digest() != adapters.extract(ADAPTER_NAME).digest():
+            raise RunError(f"{folder / 'best'}: what was read back is not the best adapter of this run")
+        samples.take("after", on_event)
+    result = _result(folder, fitted, adapters, config, total_steps)
+    write_json(folder / "result.json", result.to_dict())
+    write_report(folder)
+    return result
+
+
+# ---------------------------------------------------------------- settings
+
+
+def _located(config: TrainConfig) -> TrainConfig:
+    """What goes into `run.yaml`: paths made absolute, so that it holds from any folder; Hub ids and aliases as they are."""
+
+    def absolute(place: str) -> str:
+        path = Path(place).expanduser()
+        return str(path.resolve()) if path.exists() else place
+
+    return config.replace(
+        model=resolve(config.model).name,
+        data=absolute(config.data),
+        validation=None if config.validation is None else absolute(config.validation),
+        output=absolute(config.output),
+        resume=False,
+    )
+
+
+def _resolved(config: TrainConfig, device: torch.device, total_steps: int) -> TrainConfig:
+    """Every "auto" and None that stands for a number, replaced by what it comes to here."""
+    dtype = machine.resolve_dtype(config.dtype, device)
+    eval_steps = config.eval_steps or math.ceil(total_steps / EVALUATIONS)
+    return config.replace(
+        device=str(device),
+        dtype=next(name for name, known in machine.DTYPES.items() if known == dtype),
+        eval_steps=eval_steps,
+        save_steps=config.save_steps or eval_steps,
+    )
+
+
+def _refuse_used(folder: Path) -> None:
+    """A new run never touches an old one.
+
+    Raises:
+        RunError: the folder holds a run.
+    """
+    found = [name for name in _CONTENTS if (folder / name).exists()]
+    if found:
+        raise RunError(
+            f"{folder} holds another run ({', '.join(found)}). Go on with it (lorakit train --resume --output {folder}), "
+            "or choose another output folder."
+        )
+
+
+def _as_begun(config: TrainConfig, folder: Path) -> TrainConfig:
+    """A config to resume with: what it leaves to us ("auto", None) is as `run.yaml` resolved it.
+
+    Raises:
+        RunError: there is no run to go on with, or it is finished.
+    """
+    if not (folder / "run.yaml").exists():
+        raise RunError(f"{folder} holds no run to go on with (no run.yaml in it); leave --resume out to begin one")
+    if (folder / "result.json").exists() and not read_json(folder / "result.json")["interrupted"]:
+        raise RunError(
+            f"{folder} holds a finished run: its adapter is {folder / 'best'}. For other settings choose another output folder."
+        )
+    begun = TrainConfig.from_yaml(folder / "run.yaml")
+    left_open = {name: getattr(begun, name) for name in ("dtype", "device") if getattr(config, name) == "auto"}
+    left_open |= {name: getattr(begun, name) for name in ("eval_steps", "save_steps") if getattr(config, name) is None}
+    return config.replace(**left_open)
+
+
+def _checkpoint(folder: Path, identity: dict[str, Any], on_event: OnEvent) -> Checkpoint | None:
+    """The checkpoint to go on from; None begins at the first step, as where a run was killed before its first checkpoint.
+
+    Raises:
+        RunError: the run was begun with other settings, data or base; says which.
+    """
+    remove_leftovers(folder)
+    checkpoint, then, damaged = load_newest(folder / "checkpoints")
+    if checkpoint is None:
+        on_event(Resumed(0))
+        return None
+    if reasons := differences(then, identity):
+        raise RunError(
+            f"{folder}: cannot go on, the run was begun with something else:\n{bullet_list(reasons)}\n"
+            "Resume with what it was begun with (lorakit train --resume --output DIR takes all of it from run.yaml), "
+            "or start a new run in another output folder."
+        )
+    on_event(Resumed(checkpoint.cursor.step, tuple(damaged), machine_changes(then, identity)))
+    return checkpoint
+
+
+# ---------------------------------------------------------------- the adapter and its samples
+
+
+def _save_adapter(adapters: AttachedAdapters, tokenizer: Any, target: Path) -> None:
+    """Adapter, tokenizer and chat template as one folder, whole or not at all."""
+    with atomic_folder(target) as building:
+        adapters.save(ADAPTER_NAME, building)
+        tokenizer.save_pretrained(building)
+
+
+def _sample_prompts(number: int, data: Data, chat: ChatFormat, model: Any) -> list[Prompt]:
+    """Prompts of validation rows, spread evenly; fewer than `number` where rows have none or leave no room for an answer."""
+    room = getattr(model.config, "max_position_embeddings", None) or math.inf
+    prompts = [chat.prompt(row) for row in data.valid.rows if schema_of(row.fields) != "text"]
+    prompts = [prompt for prompt in prompts if len(prompt.ids) + SAMPLE_TOKENS <= room]
+    return prompts[:: max(1, len(prompts) // number)][:number] if number else []
+
+
+class _Samples:
+    """Answers to a few validation rows, kept in `samples.json`."""
+
+    def __init__(self, path: Path, model: Any, chat: ChatFormat, prompts: Sequence[Prompt]) -> None:
+        self.path = path
+        self.model = model
+        self.chat = chat
+        self.prompts = prompts
+        self.rows: list[dict[str, Any]] = [
+            {
+                "origin": f"{Path(prompt.origin.file).name}:{prompt.origin.line}",
+                "prompt": chat.tokenizer.decode(prompt.ids),
+                "references": list(prompt.references),
+                "before": None,
+                "after": None,
+            }
+            for prompt in prompts
+        ]
+
+    def take(self, when: str, on_event: OnEvent) -> None:
+        """Answer all prompts ("before" or "after" training) and write the file."""
+        if self.prompts:
+            on_event(Phase(f"{len(self.prompts)} samples {when} training"))
+            answers = generate(
+                self.model,
+                self.chat.tokenizer,
+                [prompt.ids for prompt in self.prompts],
+                max_new_tokens=SAMPLE_TOKENS,
+                stop_ids=self.chat.stop_ids | stop_ids(self.model, self.chat.tokenizer),
+            )
+            for row, answer in zip(self.rows, answers, strict=True):
+                row[when] = answer.text
+        write_json(self.path, self.rows)
+
+
+# ---------------------------------------------------------------- what is told
+
+
+def _model_ready(adapters: AttachedAdapters, config: TrainConfig) -> ModelReady:
+    summary = adapters.summary()
+    own = summary["adapters"][ADAPTER_NAME]
+    return ModelReady(
+        parameters=summary["base_parameters"],
+        dtype=config.dtype,
+        device=config.device,
+        layers=own["layers"],
+        ranks=tuple(own["ranks"]),
+        trained=own["parameters"],
+    )
+
+
+def _result(folder: Path, fitted: Fitted, adapters: AttachedAdapters, config: TrainConfig, total_steps: int) -> Run:
+    cursor, summary = fitted.cursor, adapters.summary()
+    rows = JsonLines(folder / "metrics.jsonl").rows()
+    weights = folder / "best" / "adapter_model.safetensors"
+    return Run(
+        directory=str(folder),
+        adapter=str(folder / "best") if fitted.best else None,
+        interrupted=fitted.interrupted,
+        stopped_early=fitted.stopped_early,
+        step=cursor.step,
+        total_steps=total_steps,
+        initial_loss=cursor.initial_loss,
+        best_loss=cursor.best_loss,
+        best_step=cursor.best_step,
+        final_loss=next((row["eval_loss"] for row in reversed(rows) if "eval_loss" in row), None),
+        train_loss=next((row["loss"] for row in reversed(rows) if "loss" in row), None),
+        seconds=cursor.seconds,
+        tokens=cursor.tokens,
+        parameters=summary["base_parameters"],
+        trained_parameters=summary["adapters"][ADAPTER_NAME]["parameters"],
+        adapter_bytes=weights.stat().st_size if fitted.best else None,
+        dtype=config.dtype,
+        device=config.device,
+        report=str(folder / "report.html"),
+        lorakit_version=lorakit.__version__,
+    )

@@ -1,0 +1,43 @@
+"""A tiny task, and what tests of runs ask about a run folder."""
+
+import json
+
+from lorakit.files import JsonLines
+from lorakit.training.config import TrainConfig
+
+COLOURS = ("red", "green", "blue", "amber", "teal", "pink", "grey", "lime", "gold", "rust")
+
+
+def rows(count, start=0):
+    """Questions with answers of different length."""
+    for i in range(start, start + count):
+        first, second = COLOURS[i % 10], COLOURS[(i // 10 + i) % 10]
+        answer = f"{second} {first}" + "!" * (i % 4)
+        question = f"{i}: {first} {second}?"
+        yield {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+
+
+def write_rows(path, found):
+    path.write_text("".join(json.dumps(row) + "\n" for row in found))
+    return path
+
+
+def configured(settings, output, **changes):
+    return TrainConfig.from_dict({**settings, "output": str(output), **changes})
+
+
+def metrics(folder):
+    """Rows of metrics.jsonl without the wall clock."""
+    found = JsonLines(folder / "metrics.jsonl").rows()
+    return [{key: value for key, value in row.items() if key != "seconds"} for row in found]
+
+
+def adapter_bytes(folder, which):
+    return (folder / which / "adapter_model.safetensors").read_bytes()
+
+
+def assert_same_run(one, other):
+    assert metrics(one) == metrics(other)
+    for which in ("best", "last"):
+        assert adapter_bytes(one, which) == adapter_bytes(other, which)
+    assert json.loads((one / "samples.json").read_text()) == json.loads((other / "samples.json").read_text())

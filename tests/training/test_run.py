@@ -1,0 +1,394 @@
+"""Whole runs on a tiny model: what they leave, what they refuse, and that a resumed run is the uninterrupted one."""
+
+import json
+import math
+import os
+import shutil
+import signal
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from lorakit.adapter.attach import attach
+from lorakit.adapter.value import Adapter
+from lorakit.data.chat import ChatFormat
+from lorakit.data.prepare import prepare
+from lorakit.errors import DataError, NonFiniteLossError, RunError, TargetError
+from lorakit.files import JsonLines, locked_folder
+from lorakit.models import load_model, stop_ids
+from lorakit.report import write_report
+from lorakit.training.config import TrainConfig
+from lorakit.training.events import DataReady, Evaluated, ModelReady, Resumed, StepDone
+from lorakit.training.objectives import mean_loss
+from lorakit.training.run import train
+from lorakit.training.verify import weights_checksum
+from tiny_runs import adapter_bytes, assert_same_run, configured, metrics, rows, write_rows
+
+
+class StopAt:
+    """Interrupts the run, as Ctrl-C would, when a step is done."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def __call__(self, event):
+        if isinstance(event, StepDone) and event.step == self.step:
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, settings):
+    """One uninterrupted run of the fixture's settings: (folder, Run, events)."""
+    folder, events = tmp_path_factory.mktemp("finished") / "run", []
+    return folder, train(configured(settings, folder), events.append), events
+
+
+# ---------------------------------------------------------------- what a run leaves
+
+
+def test_loss_goes_down_and_the_adapter_is_verified(finished):
+    folder, run, _ = finished
+    assert run.best_loss < run.initial_loss - 0.1
+    assert not run.interrupted
+    assert (run.step, run.total_steps) == (10, 10)
+    best = Adapter.load(folder / "best")
+    best.check()
+    assert run.adapter_bytes == (folder / "best" / "adapter_model.safetensors").stat().st_size
+
+
+def test_run_folder_is_complete(finished):
+    folder, run, _ = finished
+    names = {path.name for path in folder.iterdir() if not path.name.startswith(".lock")}
+    assert names == {
+        "run.yaml", "metrics.jsonl", "data.json", "samples.json", "result.json", "report.html", "best", "last", "checkpoints",
+    }  # fmt: skip
+    assert {"adapter_model.safetensors", "adapter_config.json", "tokenizer.json"} <= {
+        p.name for p in (folder / "best").iterdir()
+    }
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["step-10", "step-9"]
+    assert json.loads((folder / "result.json").read_text()) == run.to_dict()
+
+
+def test_metrics_have_a_row_a_step_and_a_row_an_evaluation(finished):
+    folder, run, _ = finished
+    found = JsonLines(folder / "metrics.jsonl").rows()
+    steps = [row for row in found if "loss" in row]
+    assert [row["step"] for row in steps] == list(range(1, 11))
+    assert all(set(row) == {"step", "loss", "lr", "grad_norm", "tokens", "seconds"} for row in steps)
+    evaluations = [row for row in found if "eval_loss" in row]
+    assert [row["step"] for row in evaluations] == [0, 4, 8, 10]
+    assert run.best_loss == min(row["eval_loss"] for row in evaluations[1:])
+    assert run.tokens == sum(row["tokens"] for row in steps)
+
+
+def test_run_yaml_is_resolved_and_makes_the_same_run(finished, tmp_path):
+    folder, _, _ = finished
+    again = TrainConfig.from_yaml(folder / "run.yaml").replace(output=str(tmp_path / "again"))
+    assert (again.dtype, again.device, again.resume) == ("fp32", "cpu", False)
+    train(again)
+    assert_same_run(folder, tmp_path / "again")
+
+
+def test_events_tell_the_story_in_order(finished):
+    _, run, events = finished
+    kinds = [type(event) for event in events]
+    assert kinds.index(DataReady) < kinds.index(ModelReady) < kinds.index(Evaluated) < kinds.index(StepDone)
+    data, model = events[kinds.index(DataReady)], events[kinds.index(ModelReady)]
+    assert (data.train_rows, data.valid_rows) == (40, 6)
+    assert (model.parameters, model.trained, model.layers) == (run.parameters, run.trained_parameters, 14)
+
+
+def test_best_gives_the_loss_it_was_chosen_for(finished):
+    """The saved adapter, loaded into a fresh base, has exactly the validation loss that metrics.jsonl says."""
+    folder, run, _ = finished
+    config = TrainConfig.from_yaml(folder / "run.yaml")
+    model, tokenizer = load_model(config.model, "fp32", "cpu")
+    chat = ChatFormat(tokenizer, stop_ids(model, tokenizer), config.max_length)
+    attach(model, folder / "best")
+    valid = prepare(config.validation, chat).examples
+    assert mean_loss(model, valid, micro_batch_tokens=120)[0] == run.best_loss
+
+
+def test_user_random_state_is_untouched(settings, tmp_path):
+    torch.manual_seed(7)
+    expected = torch.rand(3)
+    torch.manual_seed(7)
+    train(configured(settings, tmp_path / "run", max_steps=2, samples=0))
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_base_files_are_untouched(settings, tmp_path, base_folder):
+    before = {path.name: path.read_bytes() for path in base_folder.iterdir()}
+    train(configured(settings, tmp_path / "run", max_steps=2, samples=0))
+    assert {path.name: path.read_bytes() for path in base_folder.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "steps"),
+    [({"epochs": 0.5}, 4), ({"epochs": 1.0}, 7), ({"epochs": 1.2}, 9), ({"epochs": 9.0, "max_steps": 2}, 2)],
+)
+def test_length_of_a_run(settings, tmp_path, changes, steps):
+    """40 rows, 6 a step: 7 steps an epoch."""
+    run = train(
+        configured(
+            {**settings, "max_steps": None, "eval_steps": None, "save_steps": None, "samples": 0},
+            tmp_path / "run",
+            **changes,
+        )
+    )
+    assert run.total_steps == steps
+    resolved = TrainConfig.from_yaml(tmp_path / "run" / "run.yaml")
+    assert resolved.eval_steps == resolved.save_steps == math.ceil(steps / 10)
+
+
+def test_early_stop_counts_evaluations_without_better(settings, tmp_path):
+    run = train(
+        configured(
+            settings,
+            tmp_path / "run",
+            learning_rate=3.0,
+            schedule="constant",
+            clip=0.0,
+            warmup=0.0,
+            eval_steps=1,
+            early_stop=2,
+            max_steps=40,
+        )
+    )
+    assert run.stopped_early
+    assert run.step == run.best_step + 2 < 40
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["stopped_early"]
+
+
+def test_an_adapter_worse_than_the_base_is_said_to_be(settings, tmp_path):
+    run = train(configured(settings, tmp_path / "run", learning_rate=1e3, clip=0.0, max_steps=3, eval_steps=3))
+    assert run.best_loss > run.initial_loss
+    assert "no better than the base" in (tmp_path / "run" / "report.html").read_text()
+
+
+# ---------------------------------------------------------------- what it refuses
+
+
+def test_a_used_folder_is_refused_before_anything_is_read(finished, settings):
+    folder, _, _ = finished
+    before = (folder / "result.json").read_bytes()
+    with pytest.raises(RunError, match="holds another run.*lorakit train --resume --output"):
+        train(configured({**settings, "model": "does/not-exist", "data": "absent.jsonl"}, folder))
+    assert (folder / "result.json").read_bytes() == before
+
+
+def test_a_locked_folder_is_refused(settings, tmp_path):
+    with locked_folder(tmp_path / "run"), pytest.raises(RunError, match="in use by process"):
+        train(configured(settings, tmp_path / "run"))
+
+
+def test_bad_rows_leave_a_folder_that_can_be_used(settings, tmp_path):
+    bad = write_rows(tmp_path / "bad.jsonl", [{"messages": [{"role": "user", "content": "no answer"}]}])
+    with pytest.raises(DataError):
+        train(configured({**settings, "data": str(bad)}, tmp_path / "run"))
+    run = train(configured(settings, tmp_path / "run", max_steps=1, samples=0))
+    assert run.step == 1
+
+
+def test_a_target_that_is_not_there_leaves_a_folder_that_can_be_used(settings, tmp_path):
+    with pytest.raises(TargetError, match="q_prok"):
+        train(configured({**settings, "lora": {"target_modules": ["q_prok"]}}, tmp_path / "run"))
+    assert not (tmp_path / "run" / "run.yaml").exists()
+
+
+def test_finished_run_cannot_be_resumed(finished, settings):
+    folder, _, _ = finished
+    with pytest.raises(RunError, match="finished run"):
+        train(configured(settings, folder, resume=True))
+
+
+def test_nothing_to_resume(settings, tmp_path):
+    with pytest.raises(RunError, match="no run to go on with"):
+        train(configured(settings, tmp_path / "run", resume=True))
+
+
+def poisoned(base_folder, folder, value):
+    """A copy of the base with one weight replaced."""
+    shutil.copytree(base_folder, folder)
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"][3, 5] = value
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def test_non_finite_loss_is_refused(settings, tmp_path, base_folder):
+    base = poisoned(base_folder, tmp_path / "base", math.nan)
+    with pytest.raises(NonFiniteLossError, match="nan"):
+        train(configured({**settings, "model": str(base)}, tmp_path / "run", samples=0))
+    assert not (tmp_path / "run" / "best").exists()
+
+
+def test_divergence_names_step_and_rows_and_keeps_good_checkpoints(settings, tmp_path):
+    """At this rate the logits overflow after a few updates."""
+    diverging = configured(
+        settings,
+        tmp_path / "run",
+        learning_rate=1e38,
+        warmup=0.0,
+        schedule="constant",
+        clip=0.0,
+        eval_steps=50,
+        save_steps=1,
+    )
+    with pytest.raises(NonFiniteLossError) as caught:
+        train(diverging)
+    assert "step" in str(caught.value)
+    for path in (tmp_path / "run").glob("checkpoints/step-*/adapter.safetensors"):
+        assert all(torch.isfinite(tensor).all() for tensor in load_file(path).values())
+    assert not (tmp_path / "run" / "result.json").exists()
+
+
+# ---------------------------------------------------------------- resuming
+
+
+VARIANTS = {
+    "dropout": {},
+    "accumulation": {"batch_size": 2, "gradient_accumulation_steps": 3, "lora": {"r": 4, "dropout": 0.0}},
+    "base-dropout": {"lora": {"r": 4, "dropout": 0.2, "bias": "none"}, "save_steps": 2},
+    "bf16": {"dtype": "bf16"},
+    "fp16": {"dtype": "fp16"},
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("stop_at", [4, 8])
+def test_interrupted_and_resumed_equals_uninterrupted(settings, tmp_path, variant, stop_at):
+    """Step 4 owes an evaluation; step 8 lies in the second epoch."""
+    changed = {**settings, **VARIANTS[variant]}
+    train(configured(changed, tmp_path / "straight"))
+    first = train(configured(changed, tmp_path / "broken"), StopAt(stop_at))
+    assert first.interrupted
+    assert first.step == stop_at
+    assert "Interrupted at step" in (tmp_path / "broken" / "report.html").read_text()
+    events = []
+    second = train(configured(changed, tmp_path / "broken", resume=True), events.append)
+    assert not second.interrupted
+    assert Resumed(stop_at) in events
+    assert_same_run(tmp_path / "straight", tmp_path / "broken")
+
+
+def test_resuming_needs_only_the_folder(settings, tmp_path):
+    train(configured(settings, tmp_path / "run"), StopAt(3))
+    run = train(TrainConfig.from_yaml(tmp_path / "run" / "run.yaml").replace(resume=True))
+    assert (run.step, run.interrupted) == (10, False)
+
+
+def test_damaged_newest_checkpoint_falls_back_and_is_told(settings, tmp_path, finished):
+    train(configured(settings, tmp_path / "run"), StopAt(8))
+    names = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert names == ["step-6", "step-8"]
+    weights = tmp_path / "run" / "checkpoints" / "step-8" / "optimizer.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[len(data) // 2] ^= 1
+    weights.write_bytes(data)
+    events = []
+    train(configured(settings, tmp_path / "run", resume=True), events.append)
+    resumed = next(event for event in events if isinstance(event, Resumed))
+    assert resumed.step == 6
+    assert "step-8" in resumed.damaged[0]
+    assert_same_run(finished[0], tmp_path / "run")
+
+
+def test_best_of_later_steps_is_not_kept_when_falling_back(settings, tmp_path, finished):
+    """best/ on disk may be newer than the checkpoint; after an interruption it must be the checkpoint's."""
+    train(configured(settings, tmp_path / "run", eval_steps=1), StopAt(6))
+    step_6 = adapter_bytes(tmp_path / "run", "best")
+    manifest = tmp_path / "run" / "checkpoints" / "step-6" / "manifest.json"
+    manifest.unlink()
+    train(configured(settings, tmp_path / "run", eval_steps=1, resume=True), StopAt(4))
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["best_step"] <= 4
+    assert adapter_bytes(tmp_path / "run", "best") != step_6
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"learning_rate": 1e-3}, "learning_rate: 0.005 then, 0.001 now"),
+        ({"max_steps": 20}, "max_steps: 10 then, 20 now"),
+        ({"seed": 1}, "seed: 0 then, 1 now"),
+        ({"lora": {"r": 8, "alpha": 8.0, "dropout": 0.1}}, "lora"),
+        ({"micro_batch_tokens": 4096}, "micro_batch_tokens"),
+    ],
+)
+def test_resuming_something_else_is_refused(settings, tmp_path_factory, interrupted, changes, reason):
+    with pytest.raises(RunError, match=reason):
+        train(configured({**settings, **changes}, interrupted, resume=True))
+
+
+@pytest.fixture(scope="module")
+def interrupted(tmp_path_factory, settings):
+    """A run stopped at step 5; tests must not go on with it successfully."""
+    folder = tmp_path_factory.mktemp("interrupted") / "run"
+    train(configured(settings, folder), StopAt(5))
+    return folder
+
+
+def test_resuming_with_other_rows_is_refused(settings, tmp_path, interrupted):
+    other = write_rows(tmp_path / "train.jsonl", rows(41))
+    with pytest.raises(RunError, match="data: the training rows"):
+        train(configured({**settings, "data": str(other)}, interrupted, resume=True))
+
+
+def test_resuming_on_another_base_is_refused(settings, tmp_path, interrupted):
+    from tiny_models import byte_tokenizer, tiny_llama
+
+    tiny_llama(context=512, seed=1).save_pretrained(tmp_path / "base")
+    byte_tokenizer(eos="<|im_end|>").save_pretrained(tmp_path / "base")
+    with pytest.raises(RunError, match="model: base: same shapes, other weights"):
+        train(configured({**settings, "model": str(tmp_path / "base")}, interrupted, resume=True))
+
+
+def test_moved_files_are_the_same_run(settings, tmp_path, data_files, finished):
+    """Paths may change between the parts of a run; content may not."""
+    train(configured(settings, tmp_path / "before"), StopAt(3))
+    (tmp_path / "before").rename(tmp_path / "after")
+    copy = tmp_path / "copy.jsonl"
+    copy.write_bytes(data_files[0].read_bytes())
+    train(configured({**settings, "data": str(copy)}, tmp_path / "after", resume=True))
+    assert metrics(tmp_path / "after") == metrics(finished[0])
+
+
+def test_report_is_a_function_of_the_folder(finished):
+    folder, _, _ = finished
+    before = (folder / "report.html").read_bytes()
+    write_report(folder)
+    assert (folder / "report.html").read_bytes() == before
+
+
+# ---------------------------------------------------------------- the proof that the base is unchanged
+
+
+def test_checksum_sees_one_bit(base_folder):
+    model, _ = load_model(str(base_folder), "bf16", "cpu")
+    before = weights_checksum(model)
+    weight = model.model.layers[0].mlp.down_proj.weight.detach().view(-1).view(torch.int16)
+    weight[17] ^= 1
+    assert weights_checksum(model) != before
+    weight[17] ^= 1
+    assert weights_checksum(model) == before
+
+
+def test_a_changed_base_is_not_called_done(settings, tmp_path, monkeypatch):
+    """Somebody's callback writes into a base weight during training."""
+    import lorakit.training.run as run_module
+
+    seen = []
+    original = run_module.attach
+    monkeypatch.setattr(
+        run_module, "attach", lambda model, *args, **named: seen.append(model) or original(model, *args, **named)
+    )
+
+    def disturb(event):
+        if isinstance(event, StepDone) and event.step == 2:
+            with torch.no_grad():
+                seen[0].model.norm.weight[0] += 1e-3
+
+    with pytest.raises(RunError, match="base model's weights changed"):
+        train(configured(settings, tmp_path / "run", max_steps=3), disturb)
+    assert not (tmp_path / "run" / "result.json").exists()

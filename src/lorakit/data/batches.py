@@ -1,4 +1,4 @@
-"""Rows laid end to end without padding, and the plan of which rows go together. Knows token ids and masks, no text and no model."""
+"""Rows laid end to end without padding, and the plan of which go together. Knows token ids and masks, no text."""
 
 from __future__ import annotations
 
@@ -70,8 +70,8 @@ def plan_steps(
 ) -> list[list[list[int]]]:
     """The steps of an epoch: each a list of micro-batches, each a list of example indices; every example once.
 
-    A step takes the next `batch_size` examples of the epoch's order. Inside a step the order changes nothing but rounding (the gradient is a sum
-    over tokens), so examples are sorted by length there: attention is cheapest among equals.
+    A step takes the next `batch_size` examples of the epoch's order. Inside a step the order changes nothing but
+    rounding (the gradient is a sum over tokens), so examples are sorted by length: attention is cheapest among equals.
 
     Args:
         lengths: tokens of each example.

@@ -1,19 +1,20 @@
-"""From a row to token ids and which of them are trained: `ChatFormat`. Knows templates and masks, no batches and no model.
+"""From a row to token ids and which of them are trained: `ChatFormat`. Knows templates and masks, no batches.
 
-The mask is found by position. For the assistant turn at place i of a conversation, the prompt P is what a server would send,
-`render(messages[:i], add_generation_prompt=True)`; the text with the answer is F = `render(messages[:i+1])`. P must be a prefix of F, and what
-follows it, up to and including the first token at which generation stops, is what is trained. No marker is searched, so no text can imitate one.
+The mask is found by position. For the assistant turn at place i of a conversation, the prompt P is what a server would
+send, `render(messages[:i], add_generation_prompt=True)`; the text with the answer is F = `render(messages[:i+1])`. P
+must be a prefix of F; what follows it, up to and including the first token at which generation stops, is what is
+trained. No marker is searched, so no text can imitate one.
 
-Turns of a conversation share one sequence as long as the tokens so far are a prefix of the next turn's P. Where a template rewrites
-the history (strips think blocks, ends only the last turn), they are not; the later turn then gets an example of its own. So every trained token has
-exactly the context it will have in serving, and every trained turn is trained once.
+Turns of a conversation share one sequence as long as the tokens so far are a prefix of the next turn's P. Where a
+template rewrites the history (strips think blocks, ends only the last turn), they are not; the later turn then gets an
+example of its own. So every trained token has exactly the context it will have in serving, and every trained turn is
+trained once.
 """
 
 from __future__ import annotations
 
-import os.path
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -47,13 +48,13 @@ class Example:
     """The row it came from."""
 
     ends: bool = True
-    """Whether its last token is an end token and trained; False for a cut answer and for all but the last window of a long text."""
+    """Whether its last token is an end token; False for a cut answer and for all but the last window of a long text."""
 
-    prompt_cut: bool = False
-    """Whether tokens of the prompt were left out to stay within max_length."""
+    prompt_cut: int = 0
+    """Tokens of the prompt that were left out to stay within max_length."""
 
-    answer_cut: bool = False
-    """Whether the answer's end was left out: it alone was too long."""
+    answer_cut: int = 0
+    """Tokens of the answer's end that were left out: it alone was too long."""
 
     eos_appended: bool = False
     """Whether the end token is ours: the template put none after the answer."""
@@ -104,6 +105,9 @@ class ChatFormat:
     template: str | None
     """Text of the chat template in use."""
 
+    template_origin: str
+    """Where the template comes from, for people."""
+
     stop_ids: frozenset[int]
     """Every id at which generation stops with this template."""
 
@@ -120,6 +124,7 @@ class ChatFormat:
         if max_length < 2:
             raise ConfigError(f"max_length: must be at least 2 (got {max_length})")
         self.template = choose_template(tokenizer, chat_template)
+        self.template_origin = _origin_of(chat_template, self.template)
         self.tokenizer = with_template(tokenizer, self.template)
         self.stop_ids = stop_ids | find_stop_ids(None, self.tokenizer)
         if not self.stop_ids:
@@ -160,9 +165,9 @@ class ChatFormat:
             DataError: the row has no prompt (a text row), or cannot be rendered; begins with its file and line.
         """
         parsed = parse_row(row)
+        if isinstance(parsed, PlainText):
+            raise DataError(f"{row.origin}: a text row has no prompt to answer")
         try:
-            if isinstance(parsed, PlainText):
-                raise DataError("a text row has no prompt to answer")
             if isinstance(parsed, PromptCompletion) and self.template is None:
                 ids = self._plain(parsed.prompt)
                 return Prompt(ids, parsed.references or (parsed.completion,), row.origin)
@@ -176,7 +181,7 @@ class ChatFormat:
     def prompt_ids(
         self, prompt: str | Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = ()
     ) -> list[int]:
-        """Ids of a prompt without an answer: messages, or a string (one user turn; plain text where there is no template).
+        """Ids of a prompt without an answer: messages, or a string (one user turn; plain text without a template).
 
         Raises:
             DataError: messages that are none, that the template refuses, or that have no template.
@@ -235,7 +240,7 @@ class ChatFormat:
         return self._split(self._plain, pair.prompt, pair.completion, pair.completion)
 
     def _split(self, encode: Callable[[str], list[int]], prompt: str, continuation: str, text: str) -> _Turn:
-        """Tokens of prompt and continuation. Together, as the model knows text, unless a token would span the border: then each alone."""
+        """Tokens of prompt and answer: of both together, as models know text, unless a token would span the border."""
         prompt_ids, together = encode(prompt), encode(prompt + continuation)
         size = len(prompt_ids)
         answer = together[size:] if together[:size] == prompt_ids else self._ids(continuation)
@@ -258,7 +263,7 @@ class ChatFormat:
                 beginning = self._ids(text)
             except DataError:
                 pass  # a template that writes the system turn into the user's cannot render it alone
-        return len(os.path.commonprefix([beginning, prompt]))
+        return _common_length(beginning, prompt)
 
     # ------------------------------------------------------------ examples
 
@@ -272,15 +277,17 @@ class ChatFormat:
             before = examples[-1] if examples else None
             if before is not None and not example.prompt_cut and turn.prompt[: len(before.ids)] == before.ids:
                 trained = before.trained + example.trained[len(before.ids) :]
-                examples[-1] = Example(
-                    example.ids, trained, origin, example.ends, False, example.answer_cut, example.eos_appended
-                )
+                examples[-1] = replace(example, trained=trained)
             else:
                 examples.append(example)
         return examples
 
     def _example(self, turn: _Turn, head: int, origin: Origin) -> Example:
-        """Prompt and answer, cut to max_length so that the answer and its end stay: first the prompt from the left, behind its head."""
+        """Prompt and answer, cut to max_length so that the answer and its end stay.
+
+        First the prompt is cut, from the left but behind its head; only an answer that leaves it less than a quarter of
+        max_length is cut too, at its end.
+        """
         most_answer = self.max_length - min(len(turn.prompt), max(1, self.max_length // PROMPT_SHARE))
         answer = turn.answer[:most_answer]
         room = self.max_length - len(answer)
@@ -288,15 +295,15 @@ class ChatFormat:
         if len(prompt) > room:
             head = head if 2 * head <= room else 0
             prompt = prompt[:head] + prompt[len(prompt) - room + head :]
-        answer_cut = len(answer) < len(turn.answer)
         trained = [False] * len(prompt) + [True] * len(answer)
-        trained[0] = False
+        trained[0] = False  # an empty prompt without BOS: nothing comes before the answer's first token
+        answer_cut = len(turn.answer) - len(answer)
         return Example(
             prompt + answer,
             trained,
             origin,
             ends=not answer_cut,
-            prompt_cut=len(prompt) < len(turn.prompt),
+            prompt_cut=len(turn.prompt) - len(prompt),
             answer_cut=answer_cut,
             eos_appended=turn.eos_appended and not answer_cut,
         )
@@ -336,10 +343,21 @@ def _as_conversation(pair: PromptCompletion) -> Conversation:
     return Conversation((Message("user", pair.prompt), Message("assistant", pair.completion)), (), pair.references)
 
 
+def _origin_of(chat_template: str, template: str | None) -> str:
+    if template is None:
+        return "none"
+    return "the tokenizer's own" if chat_template == "auto" else chat_template
+
+
+def _common_length(one: Sequence[Any], other: Sequence[Any]) -> int:
+    """How many first items are equal."""
+    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+
+
 def _mismatch(prompt: str, full: str, place: int) -> str:
-    at = len(os.path.commonprefix([prompt, full]))
+    at = _common_length(prompt, full)
     begin, end = max(0, at - 30), at + 50
     return (
-        f"turn {place + 1}: prompt of training differs from prompt of generation: the chat template begins the answer with "
-        f"{prompt[begin:end]!r} when it asks for one, and has {full[begin:end]!r} there when it shows one"
+        f"turn {place + 1}: prompt of training differs from prompt of generation: the chat template begins the "
+        f"answer with {prompt[begin:end]!r} when it asks for one, and has {full[begin:end]!r} there when it shows one"
     )

@@ -1,6 +1,7 @@
 """Conversations to text through a chat template, and which template. Knows no token masks.
 
-What a template leaves out is an error here: a row whose tools, tool calls or turns do not appear in its text would train something else than it says.
+What a template leaves out is an error here: a row whose tools, tool calls or turns do not appear in its text would
+train something else than it says.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ def choose_template(tokenizer: Any, choice: str) -> str | None:
 
     Args:
         tokenizer: a transformers tokenizer.
-        choice: "auto" (the tokenizer's own, or None), "none", the name of a shipped template, or the path of a Jinja file.
+        choice: "auto" (the tokenizer's own, or None), "none", the name of a shipped template, or a Jinja file.
 
     Raises:
         ConfigError: `choice` is none of these.
@@ -93,7 +94,7 @@ def render(
 
 
 def check_prompt(prompt: str, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]) -> None:
-    """Refuse a prompt in which the template left something out. Earlier assistant turns are its own to rewrite (think blocks are stripped).
+    """Refuse a prompt in which the template left something out. Earlier assistant turns are its own to rewrite.
 
     Raises:
         DataError: names what is missing.

@@ -8,8 +8,8 @@
 | prompt        | prompt, completion (strings, or lists of messages)    | PromptCompletion, Conversation |
 | text          | text                                                  | PlainText          |
 
-Any row may carry `references`; other keys are ignored. `text` beside another schema's keys is ignored too: published sets often carry
-their rows' rendering under that name.
+Any row may carry `references`; other keys are ignored. `text` beside another schema's keys is ignored too: published
+sets often carry their rows' rendering under that name.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ ROLES = {
     "system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool",
     "human": "user", "gpt": "assistant", "chatgpt": "assistant", "function_call": "assistant", "observation": "tool",
 }  # fmt: skip
-"""Role as written (OpenAI's, then ShareGPT's) -> role in templates. OpenAI's `developer` is its newer name of `system`; templates know the old one."""
+"""Role as written (OpenAI's, then ShareGPT's) -> role in templates, which know `developer` by its older name."""
 
 _WRITTEN = {
     "messages": ("messages",), "conversations": ("conversations",), "alpaca": ("instruction", "output"),
@@ -186,8 +186,8 @@ def _prompt(fields: Mapping[str, Any]) -> Conversation | PromptCompletion:
 
 def _preference(fields: Mapping[str, Any]) -> Parsed:
     raise DataError(
-        "is a preference row (chosen, rejected); preference training is not in this version. To train on the preferred answers, "
-        "name that key 'completion' and drop 'rejected'"
+        "is a preference row (chosen, rejected); preference training is not in this version. "
+        "To train on the preferred answers, name that key 'completion' and drop 'rejected'"
     )
 
 
@@ -199,7 +199,8 @@ def _text(fields: Mapping[str, Any]) -> PlainText:
 
 
 _PARSERS: dict[str, Callable[[Mapping[str, Any]], Parsed]] = {
-    "messages": _messages, "conversations": _share_gpt, "alpaca": _alpaca, "prompt": _prompt, "preference": _preference, "text": _text,
+    "messages": _messages, "conversations": _share_gpt, "alpaca": _alpaca, "prompt": _prompt,
+    "preference": _preference, "text": _text,
 }  # fmt: skip
 
 
@@ -307,7 +308,7 @@ def _tool_calls(value: Any) -> tuple[ToolCall, ...]:
 
 
 def _tool_call(item: Any, default_id: str | None = None) -> ToolCall:
-    """{"id", "type", "function": {"name", "arguments"}}, or the inner object alone. Arguments: an object, or JSON text of one."""
+    """{"id", "type", "function": {"name", "arguments"}}, or the inner object alone; arguments may be JSON text."""
     function = item.get("function", item) if isinstance(item, Mapping) else None
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str) or not function["name"]:
         raise DataError(f"a tool call needs a function name: {item!r}"[:200])

@@ -48,12 +48,12 @@ def read_rows(source: str | Path, split: str = "train") -> list[Row]:
     """Read all rows of a data file or data set.
 
     Args:
-        source: a file told apart by its ending (.json may hold an array of objects, an object with one such array, or JSON lines), a folder laid
-            out as a Hub data set, or a Hub data set id `owner/name` or `owner/name:config`.
+        source: a file told apart by its ending (.json may hold an array of objects, an object with one such array, or
+            JSON lines), a folder laid out as a Hub data set, or a Hub data set id `owner/name` or `owner/name:config`.
         split: which split of a data set; files have none.
 
     Raises:
-        DataError: the source is missing, empty, of an unknown kind, or holds bad rows (the first 20 are listed). Nothing is returned then.
+        DataError: the source is missing, empty, of an unknown kind, or holds bad rows (the first 20 are listed).
         MissingDependencyError: parquet files and data sets need the extra `data`.
     """
     name, path = str(source), Path(source).expanduser()
@@ -159,7 +159,7 @@ def _looks_like_lines(data: bytes) -> bool:
 
 
 def _only_array(name: str, value: dict[str, Any]) -> list[Any] | dict[str, Any]:
-    """The one array of objects in a wrapping object ({"version": ..., "data": [...]}). A lone row is an object with such an array too: `messages`."""
+    """The one array of objects in a wrapping object ({"version": ..., "data": [...]}), or the object if it is a row."""
     arrays = {key: item for key, item in value.items() if isinstance(item, list) and item and isinstance(item[0], dict)}
     if arrays.keys() & {"messages", "conversations"}:
         return [value]
@@ -253,7 +253,7 @@ def _from_arrow(name: str, rows: Iterable[Mapping[str, Any]]) -> _Rows:
 
 
 def _without_none(value: Any) -> Any:
-    """Arrow gives every object of a column the keys of all of them, None where a row had none: those were never written by anybody."""
+    """Arrow gives every object of a column the keys of all of them, with None where a row had none; those go again."""
     if isinstance(value, Mapping):
         return {key: _without_none(item) for key, item in value.items() if item is not None}
     if isinstance(value, list):

@@ -13,7 +13,7 @@ import importlib.util
 import io
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -125,13 +125,36 @@ def adapter_base(folder: str | Path) -> str | None:
     Raises:
         ModelError: not an adapter folder.
     """
-    path = Path(folder) / "adapter_config.json"
+    folder = Path(folder).expanduser()
+    path = folder / "adapter_config.json"
     if not path.is_file():
-        raise ModelError(
-            f"{folder} is not an adapter folder: it has no adapter_config.json{_did_you_mean(Path(folder))}"
-        )
-    base = files.read_json(path).get("base_model_name_or_path")
+        inside = folder / "best" / "adapter_config.json"
+        hint = f"; it is a run folder, whose adapter is {inside.parent}" if inside.is_file() else _did_you_mean(folder)
+        raise ModelError(f"{folder} is not an adapter folder: it has no adapter_config.json{hint}")
+    config = files.read_json(path)
+    base = config.get("base_model_name_or_path") if isinstance(config, dict) else None
     return str(base) if base else None
+
+
+def common_base(adapters: Sequence[str | Path]) -> str:
+    """The one base model that all these adapter folders name: what to load where no model is given.
+
+    Raises:
+        ModelError: no adapter at all, one that names no base, or two that name different ones.
+    """
+    if not adapters:
+        raise ModelError("no model: name one with --model, or an adapter (which names its base) with --adapter")
+    bases = {str(adapter): adapter_base(adapter) for adapter in adapters}
+    unnamed = [adapter for adapter, base in bases.items() if base is None]
+    if unnamed:
+        raise ModelError(f"{', '.join(unnamed)}: names no base model; name it with --model")
+    names = {base for base in bases.values() if base is not None}
+    if len(names) > 1:
+        listing = bullet_list([f"{adapter}: {base}" for adapter, base in bases.items()])
+        raise ModelError(
+            f"the adapters name different base models:\n{listing}\nUse them one by one, or choose with --model"
+        )
+    return names.pop()
 
 
 def _did_you_mean(path: Path) -> str:
@@ -196,12 +219,22 @@ def load_model(spec: str, dtype: str = "auto", device: str = "auto") -> tuple[An
     model.config._name_or_path = source.name
     model.name_or_path = source.name
     tokenizer = _load_tokenizer(source)
-    if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
-        raise ModelError(
-            f"{spec}: the tokenizer has {len(tokenizer):,} tokens, the model embeddings for "
-            f"{model.get_input_embeddings().weight.shape[0]:,}; they do not belong together"
-        )
+    check_tokenizer(model, tokenizer, spec)
     return model.to(target).eval(), tokenizer
+
+
+def check_tokenizer(model: Any, tokenizer: Any, where: str) -> None:
+    """Refuse a tokenizer with ids that the model has no embedding for.
+
+    Raises:
+        ModelError: begins with `where`.
+    """
+    rows = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        raise ModelError(
+            f"{where}: the tokenizer has {len(tokenizer):,} tokens, the model embeddings for {rows:,}; "
+            "they do not belong together"
+        )
 
 
 def load_tokenizer(spec: str | Path) -> Any:
@@ -219,6 +252,19 @@ def load_tokenizer(spec: str | Path) -> Any:
             raise ModelError(f"{folder} carries no tokenizer and names no base model; name the base model instead")
         return _load_tokenizer(resolve(base))
     return _load_tokenizer(resolve(str(spec)))
+
+
+def tokenizer_beside(adapter: str | Path, model: Any, tokenizer: Any) -> Any:
+    """The tokenizer to use `model` with under an adapter: the one saved beside it, else `tokenizer`, the base's.
+
+    Raises:
+        ModelError: the one beside it has tokens that the model lacks.
+    """
+    if not (Path(adapter) / "tokenizer_config.json").is_file():
+        return tokenizer
+    own = load_tokenizer(adapter)
+    check_tokenizer(model, own, str(adapter))
+    return own
 
 
 def _load_tokenizer(source: ModelSource) -> Any:

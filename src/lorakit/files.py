@@ -1,25 +1,27 @@
 """Every byte lorakit writes or reads. Knows files, not what is in them.
 
 Writing: a file is written to a temporary sibling, flushed, fsynced, renamed over the target, and its folder fsynced; a
-reader sees the old file or
-the new one, never a part. A folder is built beside its target the same way, with a manifest (sizes and SHA-256)
-written last.
+reader sees the old file or the new one, never a part. A folder is built beside its target the same way, with a manifest
+(sizes and SHA-256) written last, and exchanged with the old one in one step where the system can.
 Reading: one strict reader per format; damage is an error that names the file and the place.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import errno
 import hashlib
 import json
 import math
 import os
 import shutil
 import struct
+import sys
 import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from lorakit.errors import FileError, RunError, bullet_list
 
@@ -28,16 +30,23 @@ if TYPE_CHECKING:
 
 MANIFEST = "manifest.json"
 _MAX_HEADER = 64 * 1024 * 1024  # bytes; safetensors itself stops at 100 MB. 1,000 adapters x 7 x 80 tensors need less.
-_SAFETENSORS_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL":
-1,
-                      "U16": 2, "U32": 4, "U64": 8, "F8_E4M3": 1, "F8_E5M2": 1}  # fmt: skip
+_SAFETENSORS_BYTES = {
+    **dict.fromkeys(("BOOL", "I8", "U8", "F8_E4M3", "F8_E5M2"), 1),
+    **dict.fromkeys(("I16", "U16", "F16", "BF16"), 2),
+    **dict.fromkeys(("I32", "U32", "F32"), 4),
+    **dict.fromkeys(("I64", "U64", "F64"), 8),
+}
 
 
 # ---------------------------------------------------------------- writing
 
 
 def write_bytes(path: str | Path, data: bytes) -> None:
-    """Replace the file at `path` by `data`, whole or not at all, and durably."""
+    """Replace the file at `path` by `data`, whole or not at all, and durably.
+
+    Raises:
+        FileError: it could not be written; the old file, if any, is as it was.
+    """
     path = Path(path)
     temporary = path.with_name(f".tmp-{uuid.uuid4().hex}")
     try:
@@ -53,7 +62,8 @@ def write_bytes(path: str | Path, data: bytes) -> None:
             f"{path}: could not be written: {error.strerror or error}. The old file, if any, is untouched."
         ) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # there is none if the folder could not be made
+            temporary.unlink(missing_ok=True)
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -78,7 +88,14 @@ def write_safetensors(
     """
     from safetensors.torch import save
 
-    ready = {name: tensors[name].detach().to("cpu").contiguous() for name in sorted(tensors)}
+    ready: dict[str, torch.Tensor] = {}
+    storages: set[int] = set()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().to("cpu").contiguous()
+        storage = tensor.untyped_storage().data_ptr()
+        # the library refuses tensors that share memory (tied weights); each name here is stored on its own
+        ready[name] = tensor.clone() if storage in storages else tensor
+        storages.add(storage)
     data = save(ready, metadata=dict(metadata) if metadata else None)
     # The library writes metadata in the order of a hash table, another one each time: write the header again, sorted.
     (length,) = struct.unpack("<Q", data[:8])
@@ -91,7 +108,10 @@ def write_safetensors(
 
 @contextlib.contextmanager
 def atomic_folder(target: str | Path, manifest: Mapping[str, Any] | None = None) -> Iterator[Path]:
-    """Build a folder beside `target` and put it in place when the block ends well; leave `target` as it was when it raises.
+    """Build a folder beside `target` and put it in place when the block ends well; if it raises, `target` is as it was.
+
+    Linux exchanges the two folders in one step. Elsewhere there are two renames; a process killed between them leaves
+    the old folder as `.previous-NAME`, and the next `atomic_folder` or `remove_leftovers` puts it back.
 
     Args:
         target: the folder to create or replace.
@@ -99,12 +119,15 @@ def atomic_folder(target: str | Path, manifest: Mapping[str, Any] | None = None)
 
     Yields:
         The temporary folder to fill.
+
+    Raises:
+        FileError: a file could not be written, or not made durable.
     """
     target = Path(target)
     building = target.with_name(f".tmp-{uuid.uuid4().hex}")
-    old = target.with_name(f".old-{uuid.uuid4().hex}")
     try:
         building.mkdir(parents=True)
+        _restore(target)
         yield building
         files = sorted(p for p in building.rglob("*") if p.is_file())
         for file in files:
@@ -115,22 +138,73 @@ def atomic_folder(target: str | Path, manifest: Mapping[str, Any] | None = None)
                 p.relative_to(building).as_posix(): {"bytes": p.stat().st_size, "sha256": sha256_file(p)} for p in files
             }
             write_json(building / MANIFEST, {**manifest, "files": listing})
-        fsync_folder(building)
-        # rename(2) replaces only an empty folder, so an old one is moved aside first; recovery is a matter of names.
-        if target.exists():
-            target.rename(old)
-        building.rename(target)
+        for folder in [*(p for p in building.rglob("*") if p.is_dir()), building]:
+            fsync_folder(folder)
+        if not target.exists():
+            building.rename(target)
+        elif not _exchange(building, target):
+            _replace_in_two_steps(building, target)
         fsync_folder(target.parent)
+    except FileError:
+        raise  # has said which file
     except OSError as error:
-        if old.exists() and not target.exists():
-            old.rename(target)
         raise FileError(
-            f"{target}: could not be written: {error.strerror or error}. What was there is untouched."
+            f"{target}: could not be written: {error.strerror or error}. What was there is kept."
         ) from error
     finally:
-        shutil.rmtree(building, ignore_errors=True)
-        if target.exists():
-            shutil.rmtree(old, ignore_errors=True)
+        shutil.rmtree(building, ignore_errors=True)  # after an exchange this is the old folder
+
+
+def remove_leftovers(folder: str | Path) -> None:
+    """Tidy `folder` after a writer that was killed: temporary siblings go, an old folder moved aside comes back.
+
+    Only for who knows that nobody is writing there, e.g. the holder of its lock.
+    """
+    for path in Path(folder).glob(".tmp-*"):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+    for path in Path(folder).glob(".previous-*"):
+        _restore(path.with_name(path.name.removeprefix(".previous-")))
+
+
+def _previous(target: Path) -> Path:
+    return target.with_name(f".previous-{target.name}")
+
+
+def _restore(target: Path) -> None:
+    """End a two-step replacement that was cut off: undo it if the new folder is not in place, else drop the old."""
+    previous = _previous(target)
+    if not previous.exists():
+        return
+    if target.exists():
+        shutil.rmtree(previous)
+    else:
+        previous.rename(target)
+
+
+def _replace_in_two_steps(building: Path, target: Path) -> None:
+    """Replace a folder where no exchange is to be had: rename(2) alone replaces only an empty folder."""
+    try:
+        target.rename(_previous(target))
+        building.rename(target)
+    finally:
+        _restore(target)
+
+
+def _exchange(first: Path, second: Path) -> bool:
+    """Swap two names in one step (Linux's renameat2). False where the system or the file system cannot."""
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None) if sys.platform == "linux" else None
+    if renameat2 is None:
+        return False
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    if renameat2(here, os.fsencode(first), here, os.fsencode(second), exchange) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
+        return False
+    raise OSError(code, os.strerror(code), str(second))
 
 
 def fsync_folder(path: Path) -> None:
@@ -144,27 +218,45 @@ def fsync_folder(path: Path) -> None:
 
 
 class JsonLines:
-    """An append-only `.jsonl` file: one object a line, flushed at each line. `keep` rewrites it with the rows that satisfy a test."""
+    """An append-only `.jsonl` file, one object a line, handed to the system at each line."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
 
     def append(self, row: Mapping[str, Any]) -> None:
-        """Add one line."""
+        """Add one line, after removing a torn one that a killed writer left at the end.
+
+        Raises:
+            FileError: it could not be written.
+        """
         line = json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(line)
+        try:
+            with self.path.open("ab+") as file:
+                self._cut_torn_line(file)
+                file.write(line.encode("utf-8"))
+        except OSError as error:
+            raise FileError(f"{self.path}: could not be written: {error.strerror or error}") from error
 
     def sync(self) -> None:
         """Make all lines so far durable."""
         with self.path.open("ab") as file:
             os.fsync(file.fileno())
 
+    @staticmethod
+    def _cut_torn_line(file: BinaryIO) -> None:
+        size = file.seek(0, os.SEEK_END)
+        if size == 0:
+            return
+        file.seek(-1, os.SEEK_END)
+        if file.read(1) != b"\n":
+            file.seek(0)
+            file.truncate(file.read().rfind(b"\n") + 1)
+
     def rows(self) -> list[dict[str, Any]]:
         """All whole lines; a torn last line (a killed writer) is left out."""
         if not self.path.exists():
             return []
-        lines = self.path.read_bytes().split(b"\n")
+        lines = _read(self.path).split(b"\n")
         return [parse_json(line, f"{self.path}:{i}") for i, line in enumerate(lines[:-1], 1)]
 
     def keep(self, rows: list[dict[str, Any]]) -> None:
@@ -194,7 +286,9 @@ def verify_folder(path: str | Path) -> dict[str, Any]:
     problems = []
     for name, expected in manifest["files"].items():
         file = path / name
-        if not file.is_file():
+        if not isinstance(expected, dict) or expected.keys() != {"bytes", "sha256"}:
+            problems.append(f"{name}: its entry in {MANIFEST} is damaged")
+        elif not file.is_file():
             problems.append(f"{name}: missing")
         elif file.stat().st_size != expected["bytes"]:
             problems.append(f"{name}: {file.stat().st_size} bytes instead of {expected['bytes']}")
@@ -206,7 +300,7 @@ def verify_folder(path: str | Path) -> dict[str, Any]:
 
 
 def parse_json(data: bytes | str, where: str) -> Any:
-    """JSON as the standard has it: duplicate keys, NaN, infinity and lone surrogates are errors (Python's json takes them).
+    """JSON as the standard has it: duplicate keys, NaN, infinity and lone surrogates, which Python takes, are errors.
 
     Raises:
         FileError: with `where`, the cause, and the column.
@@ -342,17 +436,20 @@ def locked_folder(path: str | Path) -> Iterator[None]:
 
     Raises:
         RunError: somebody else holds it.
+        FileError: it cannot be made or locked.
     """
     import filelock
 
     path = Path(path)
-    path.mkdir(parents=True, exist_ok=True)
     lock, owner = filelock.FileLock(path / ".lock", timeout=0), path / ".lock-owner"
     try:
+        path.mkdir(parents=True, exist_ok=True)
         lock.acquire()
     except filelock.Timeout:
         who = owner.read_text() if owner.exists() else "another process"
         raise RunError(f"{path} is in use by {who}. Wait for it, stop it, or choose another output folder.") from None
+    except (OSError, NotImplementedError) as error:  # the latter: a file system without locks
+        raise FileError(f"{path}: cannot be locked: {error}. Choose an output folder on another disk.") from error
     try:
         owner.write_text(f"process {os.getpid()}")
         yield

@@ -174,8 +174,8 @@ def test_linux_exchanges_folders_in_one_step(tmp_path):
         files._exchange(first, tmp_path / "none")
 
 
-# Run the writer again and again, killed one step later each time: at the n-th event Python reports (open, rename, remove,
-# mkdir and ctypes calls are among them) or fsync. Print what a reader finds afterwards, until a writer lives to its end.
+# Run the writer again and again, killed one step later each time: at the n-th event Python reports (open, rename, mkdir
+# remove and ctypes calls are among them) or fsync. Print what a reader finds then, until a writer lives to its end.
 KILLED_WRITERS = """
 import json, os, shutil, signal, sys
 from pathlib import Path

@@ -17,7 +17,15 @@ from typing import Any
 import torch
 
 from lorakit.errors import FileError, RunError
-from lorakit.files import atomic_folder, read_json, read_safetensors, verify_folder, write_json, write_safetensors
+from lorakit.files import (
+    atomic_folder,
+    read_json,
+    read_safetensors,
+    remove_leftovers,
+    verify_folder,
+    write_json,
+    write_safetensors,
+)
 
 _NAME = re.compile(r"step-(\d+)")
 
@@ -129,17 +137,6 @@ def load_newest(folder: Path) -> tuple[Checkpoint | None, dict[str, Any], list[s
             f"{folder}: no checkpoint is sound:\n" + "\n".join(damages) + "\nStart anew in another output folder."
         )
     return None, {}, []
-
-
-def remove_leftovers(folder: Path) -> None:
-    """Delete temporary files and folders of writers that were killed. Only for the holder of the run folder's lock."""
-    if not folder.is_dir():
-        return
-    for path in [*folder.glob(".tmp-*"), *folder.glob(".old-*")]:
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
 
 
 def _newest_first(folder: Path) -> list[Path]:

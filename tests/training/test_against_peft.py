@@ -1,4 +1,4 @@
-"""Our loop against a plain transformers + PEFT loop: the same rows, seeds and settings give the same losses, step by step."""
+"""Our loop against a plain transformers + PEFT loop: same rows, seeds and settings, the same losses step by step."""
 
 import math
 
@@ -23,7 +23,7 @@ TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 
 
 def peft_losses(config):
-    """The losses of a loop as one writes it by hand: padded batches, autograd, torch's AdamW, transformers' schedule."""
+    """The losses of a loop written by hand: padded batches, autograd, torch's AdamW, transformers' schedule."""
     model, tokenizer = load_model(config.model, "fp32", "cpu")
     chat = ChatFormat(tokenizer, stop_ids(None, tokenizer), config.max_length, config.chat_template)
     examples = prepare(config.data, chat).examples
@@ -91,7 +91,7 @@ def our_losses(config, folder):
 
 @pytest.mark.parametrize("accumulation", [1, 3])
 def test_twenty_steps_equal_peft(settings, tmp_path, accumulation):
-    """Micro-batches of a few rows on our side, whole padded batches on theirs; warm-up, cosine, clipping, weight decay."""
+    """Micro-batches of a few rows here, whole padded batches there; warm-up, cosine, clipping, weight decay."""
     config = configured(
         {**settings, "lora": {"r": 4, "alpha": 8.0, "dropout": 0.0}},
         tmp_path / "run",
@@ -112,7 +112,7 @@ def test_twenty_steps_equal_peft(settings, tmp_path, accumulation):
 @pytest.mark.real_model
 def test_real_model_equals_peft(smollm2, settings, tmp_path):
     """SmolLM2-135M in fp32; few short rows, so that it is quick."""
-    data = write_rows(tmp_path / "train.jsonl", rows(8))
+    data = write_rows(tmp_path / "train.jsonl", rows(6))
     valid = write_rows(tmp_path / "valid.jsonl", rows(2, start=1000))
     config = configured(
         {
@@ -123,11 +123,11 @@ def test_real_model_equals_peft(smollm2, settings, tmp_path):
             "lora": {"r": 8, "alpha": 16.0, "dropout": 0.0},
         },
         tmp_path / "run",
-        max_steps=5,
-        batch_size=3,
+        max_steps=3,
+        batch_size=2,
         learning_rate=1e-3,
-        eval_steps=5,
-        save_steps=5,
+        eval_steps=3,
+        save_steps=3,
         samples=0,
     )
     ours, theirs = our_losses(config, tmp_path / "run"), peft_losses(config)

@@ -20,11 +20,11 @@ def test_first_signal_is_remembered_and_handlers_are_restored(number):
 
 
 def test_second_interrupt_stops_at_once():
-    with pytest.raises(KeyboardInterrupt), stop_request() as stop:
+    with stop_request() as stop:
         os.kill(os.getpid(), signal.SIGINT)
         assert stop
-        os.kill(os.getpid(), signal.SIGINT)
-        pytest.fail("the second signal did not stop anything")
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
 
 
 def test_outside_the_main_thread_nothing_is_installed():

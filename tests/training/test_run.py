@@ -60,9 +60,8 @@ def test_loss_goes_down_and_the_adapter_is_verified(finished):
 def test_run_folder_is_complete(finished):
     folder, run, _ = finished
     names = {path.name for path in folder.iterdir() if not path.name.startswith(".lock")}
-    assert names == {
-        "run.yaml", "metrics.jsonl", "data.json", "samples.json", "result.json", "report.html", "best", "last", "checkpoints",
-    }  # fmt: skip
+    pages = {"run.yaml", "metrics.jsonl", "data.json", "samples.json", "result.json", "report.html"}
+    assert names == pages | {"best", "last", "checkpoints"}
     assert {"adapter_model.safetensors", "adapter_config.json", "tokenizer.json"} <= {
         p.name for p in (folder / "best").iterdir()
     }
@@ -162,9 +161,31 @@ def test_early_stop_counts_evaluations_without_better(settings, tmp_path):
 
 
 def test_an_adapter_worse_than_the_base_is_said_to_be(settings, tmp_path):
-    run = train(configured(settings, tmp_path / "run", learning_rate=1e3, clip=0.0, max_steps=3, eval_steps=3))
+    """It learns to answer with a's; the validation rows want z's."""
+
+    def answers(text):
+        return [{"prompt": f"{i}?", "completion": text} for i in range(12)]
+
+    data = write_rows(tmp_path / "train.jsonl", answers("a" * 40))
+    valid = write_rows(tmp_path / "valid.jsonl", answers("z" * 40))
+    changed = {**settings, "data": str(data), "validation": str(valid), "learning_rate": 0.05}
+    run = train(configured(changed, tmp_path / "run", max_steps=20, eval_steps=20))
     assert run.best_loss > run.initial_loss
     assert "no better than the base" in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_the_base_own_dropout_is_on_in_steps_only_and_seeded(settings, tmp_path, base_folder):
+    """As in PEFT, train mode is the whole model's: the base's attention dropout changes steps, not evaluations."""
+    base = shutil.copytree(base_folder, tmp_path / "base")
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, "attention_dropout": 0.3}))
+    plain = {**settings, "lora": {"r": 4, "dropout": 0.0}}
+    for name, model in (("without", base_folder), ("with", base), ("again", base)):
+        train(configured({**plain, "model": str(model)}, tmp_path / name, max_steps=2, samples=0))
+    without, dropped, again = (metrics(tmp_path / name) for name in ("without", "with", "again"))
+    assert without[0] == dropped[0]
+    assert without[1]["loss"] != dropped[1]["loss"]
+    assert dropped == again
 
 
 # ---------------------------------------------------------------- what it refuses
@@ -173,7 +194,7 @@ def test_an_adapter_worse_than_the_base_is_said_to_be(settings, tmp_path):
 def test_a_used_folder_is_refused_before_anything_is_read(finished, settings):
     folder, _, _ = finished
     before = (folder / "result.json").read_bytes()
-    with pytest.raises(RunError, match="holds another run.*lorakit train --resume --output"):
+    with pytest.raises(RunError, match=r"holds another run.*lorakit train --resume --output"):
         train(configured({**settings, "model": "does/not-exist", "data": "absent.jsonl"}, folder))
     assert (folder / "result.json").read_bytes() == before
 
@@ -250,7 +271,7 @@ def test_divergence_names_step_and_rows_and_keeps_good_checkpoints(settings, tmp
 VARIANTS = {
     "dropout": {},
     "accumulation": {"batch_size": 2, "gradient_accumulation_steps": 3, "lora": {"r": 4, "dropout": 0.0}},
-    "base-dropout": {"lora": {"r": 4, "dropout": 0.2, "bias": "none"}, "save_steps": 2},
+    "biases": {"lora": {"r": 4, "dropout": 0.2, "modules_to_save": ["model.norm"]}, "save_steps": 2},
     "bf16": {"dtype": "bf16"},
     "fp16": {"dtype": "fp16"},
 }
@@ -266,6 +287,8 @@ def test_interrupted_and_resumed_equals_uninterrupted(settings, tmp_path, varian
     assert first.interrupted
     assert first.step == stop_at
     assert "Interrupted at step" in (tmp_path / "broken" / "report.html").read_text()
+    cursor = json.loads((tmp_path / "broken" / "checkpoints" / f"step-{stop_at}" / "cursor.json").read_text())
+    assert bool(cursor["scaler"]) == (variant == "fp16")
     events = []
     second = train(configured(changed, tmp_path / "broken", resume=True), events.append)
     assert not second.interrupted

@@ -177,10 +177,10 @@ def fit(
             start = time.perf_counter()
             micro_batches = next(steps)
             rate = learning_rate(config, cursor.step, plan.total_steps)
-            loss = _accumulate(model, train, micro_batches, scaler, config.seed, cursor.step)
+            loss = accumulate(model, train, micro_batches, scaler, config.seed, cursor.step)
             scaler.unscale_(optimizer)
             norm = clip_gradients(tensors, config.clip)
-            _check_gradient(norm, cursor, scaler, train, micro_batches)
+            check_gradient(norm, cursor, scaler, train, micro_batches)
             set_learning_rate(optimizer, rate)
             scaler.step(optimizer)
             scaler.update()
@@ -203,7 +203,7 @@ def fit(
 _ADVICE = "Lower --learning-rate, or use --dtype fp32; the checkpoints before this step are sound."
 
 
-def _accumulate(
+def accumulate(
     model: torch.nn.Module,
     examples: Sequence[Example],
     micro_batches: Sequence[Sequence[int]],
@@ -227,7 +227,7 @@ def _accumulate(
                 batch = collate(examples, indices).to(device)
                 with seeded(device, seed, step, number):
                     loss_sum = cross_entropy_sum(packed_logits(model, batch), batch.targets)
-                    scaler.scale(loss_sum / labelled).backward()
+                    torch.autograd.backward(scaler.scale(loss_sum / labelled))
                 sums.append(loss_sum.detach())
     finally:
         model.train(was_training)
@@ -239,7 +239,7 @@ def _accumulate(
     return math.fsum(losses) / labelled
 
 
-def _check_gradient(
+def check_gradient(
     norm: float,
     cursor: Cursor,
     scaler: torch.amp.GradScaler,

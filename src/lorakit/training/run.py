@@ -7,6 +7,7 @@ trained, and nothing is called done before the base is proved unchanged and the 
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,11 +23,19 @@ from lorakit.data.chat import ChatFormat, Prompt
 from lorakit.data.prepare import Data, read_data
 from lorakit.data.schema import schema_of
 from lorakit.errors import RunError, bullet_list
-from lorakit.files import JsonLines, atomic_folder, locked_folder, read_json, write_json, write_text
+from lorakit.files import (
+    JsonLines,
+    atomic_folder,
+    locked_folder,
+    read_json,
+    remove_leftovers,
+    write_json,
+    write_text,
+)
 from lorakit.generation import generate
 from lorakit.models import load_model, load_tokenizer, resolve, stop_ids
 from lorakit.report import write_report
-from lorakit.training.checkpoint import Checkpoint, load_newest, remove_leftovers
+from lorakit.training.checkpoint import Checkpoint, load_newest
 from lorakit.training.config import TrainConfig
 from lorakit.training.events import DataReady, ModelReady, OnEvent, Phase, Resumed
 from lorakit.training.identity import differences, identity_of, machine_changes
@@ -146,9 +155,11 @@ def _train(config: TrainConfig, folder: Path, on_event: OnEvent) -> Run:
     def save_best() -> None:
         _save_adapter(adapters, chat.tokenizer, folder / "best")
 
+    if config.resume:  # what lies there may be of later steps than the checkpoint
+        shutil.rmtree(folder / "best", ignore_errors=True)
     if checkpoint is not None and checkpoint.best:
         restore_tensors(tensors, checkpoint.best)
-        save_best()  # what lies there may be from later steps than the checkpoint
+        save_best()
     fitted = fit(
         model,
         tensors,
@@ -167,9 +178,7 @@ def _train(config: TrainConfig, folder: Path, on_event: OnEvent) -> Run:
         )
     if not fitted.interrupted:
         _save_adapter(adapters, chat.tokenizer, folder / "last")
-        restore_tensors(tensors, fitted.best)
-        if Adapter.load(folder / "best").digest() != adapters.extract(ADAPTER_NAME).digest():
-            raise RunError(f"{folder / 'best'}: what was read back is not the best adapter of this run")
+        _put_best_in_place(fitted, adapters, folder / "best")
         samples.take("after", on_event)
     result = _result(folder, fitted, adapters, config, total_steps)
     write_json(folder / "result.json", result.to_dict())
@@ -181,7 +190,7 @@ def _train(config: TrainConfig, folder: Path, on_event: OnEvent) -> Run:
 
 
 def _located(config: TrainConfig) -> TrainConfig:
-    """What goes into `run.yaml`: paths made absolute, so that it holds from any folder; Hub ids and aliases as they are."""
+    """For `run.yaml`: paths made absolute, so that it holds from any folder; Hub ids and aliases as they are."""
 
     def absolute(place: str) -> str:
         path = Path(place).expanduser()
@@ -217,8 +226,8 @@ def _refuse_used(folder: Path) -> None:
     found = [name for name in _CONTENTS if (folder / name).exists()]
     if found:
         raise RunError(
-            f"{folder} holds another run ({', '.join(found)}). Go on with it (lorakit train --resume --output {folder}), "
-            "or choose another output folder."
+            f"{folder} holds another run ({', '.join(found)}). "
+            f"Go on with it (lorakit train --resume --output {folder}), or choose another output folder."
         )
 
 
@@ -232,7 +241,8 @@ def _as_begun(config: TrainConfig, folder: Path) -> TrainConfig:
         raise RunError(f"{folder} holds no run to go on with (no run.yaml in it); leave --resume out to begin one")
     if (folder / "result.json").exists() and not read_json(folder / "result.json")["interrupted"]:
         raise RunError(
-            f"{folder} holds a finished run: its adapter is {folder / 'best'}. For other settings choose another output folder."
+            f"{folder} holds a finished run: its adapter is {folder / 'best'}. "
+            "For other settings choose another output folder."
         )
     begun = TrainConfig.from_yaml(folder / "run.yaml")
     left_open = {name: getattr(begun, name) for name in ("dtype", "device") if getattr(config, name) == "auto"}
@@ -241,7 +251,7 @@ def _as_begun(config: TrainConfig, folder: Path) -> TrainConfig:
 
 
 def _checkpoint(folder: Path, identity: dict[str, Any], on_event: OnEvent) -> Checkpoint | None:
-    """The checkpoint to go on from; None begins at the first step, as where a run was killed before its first checkpoint.
+    """The checkpoint to go on from; None, where a run was killed before its first one, begins at the first step.
 
     Raises:
         RunError: the run was begun with other settings, data or base; says which.
@@ -271,8 +281,25 @@ def _save_adapter(adapters: AttachedAdapters, tokenizer: Any, target: Path) -> N
         tokenizer.save_pretrained(building)
 
 
+def _put_best_in_place(fitted: Fitted, adapters: AttachedAdapters, saved: Path) -> None:
+    """Give the model its best adapter, and prove that what was saved is that one.
+
+    Raises:
+        RunError: it is not, or no step changed the adapter.
+        AdapterFileError: what was saved cannot be read back.
+    """
+    if not fitted.best:
+        raise RunError(
+            f"{saved.parent}: none of the {fitted.cursor.step} steps changed the adapter (all were skipped by fp16 "
+            "scaling): use --dtype fp32 or bf16, or more steps"
+        )
+    restore_tensors(adapters.trainable_tensors(ADAPTER_NAME), fitted.best)
+    if Adapter.load(saved).digest() != adapters.extract(ADAPTER_NAME).digest():
+        raise RunError(f"{saved}: what was read back is not the best adapter of this run")
+
+
 def _sample_prompts(number: int, data: Data, chat: ChatFormat, model: Any) -> list[Prompt]:
-    """Prompts of validation rows, spread evenly; fewer than `number` where rows have none or leave no room for an answer."""
+    """Prompts of validation rows, spread evenly; fewer where rows have none or leave an answer no room."""
     room = getattr(model.config, "max_position_embeddings", None) or math.inf
     prompts = [chat.prompt(row) for row in data.valid.rows if schema_of(row.fields) != "text"]
     prompts = [prompt for prompt in prompts if len(prompt.ids) + SAMPLE_TOKENS <= room]

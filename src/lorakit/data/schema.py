@@ -180,7 +180,8 @@ def _prompt(fields: Mapping[str, Any]) -> Conversation | PromptCompletion:
     if not isinstance(prompt, list) or not isinstance(completion, list):
         kinds = f"{type(prompt).__name__} and {type(completion).__name__}"
         raise DataError(f"'prompt' and 'completion' must be two strings or two lists of messages, found {kinds}")
-    context = [replace(message, trained=False) for message in parse_messages(prompt, "prompt")]
+    turns = parse_messages(prompt, "prompt")
+    context = [replace(message, trained=message.role != "assistant") for message in turns]
     return _conversation([*context, *parse_messages(completion, "completion")], fields)
 
 

@@ -4,6 +4,7 @@ import json
 
 from lorakit.files import JsonLines
 from lorakit.training.config import TrainConfig
+from tiny_models import byte_tokenizer, tiny_llama
 
 COLOURS = ("red", "green", "blue", "amber", "teal", "pink", "grey", "lime", "gold", "rust")
 
@@ -20,6 +21,18 @@ def rows(count, start=0):
 def write_rows(path, found):
     path.write_text("".join(json.dumps(row) + "\n" for row in found))
     return path
+
+
+def save_base(folder):
+    """A Llama of 2 layers with a byte tokenizer and the ChatML template."""
+    tiny_llama(context=512).save_pretrained(folder)
+    byte_tokenizer(eos="<|im_end|>").save_pretrained(folder)
+    return folder
+
+
+def save_data(folder):
+    """(training file of 40 rows, validation file of 6)."""
+    return write_rows(folder / "train.jsonl", rows(40)), write_rows(folder / "valid.jsonl", rows(6, start=1000))
 
 
 def configured(settings, output, **changes):

@@ -2,24 +2,19 @@
 
 import pytest
 
-from tiny_models import byte_tokenizer, tiny_llama
-from tiny_runs import rows, write_rows
+from tiny_runs import save_base, save_data
 
 
 @pytest.fixture(scope="session")
 def base_folder(tmp_path_factory):
-    """A saved Llama of 2 layers with a byte tokenizer and the ChatML template."""
-    folder = tmp_path_factory.mktemp("base")
-    tiny_llama(context=512).save_pretrained(folder)
-    byte_tokenizer(eos="<|im_end|>").save_pretrained(folder)
-    return folder
+    """A saved model."""
+    return save_base(tmp_path_factory.mktemp("base"))
 
 
 @pytest.fixture(scope="session")
 def data_files(tmp_path_factory):
-    """(training file of 40 rows, validation file of 6)."""
-    folder = tmp_path_factory.mktemp("data")
-    return write_rows(folder / "train.jsonl", rows(40)), write_rows(folder / "valid.jsonl", rows(6, start=1000))
+    """(training file, validation file)."""
+    return save_data(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="session")

@@ -42,12 +42,10 @@ class TrainingDisplay:
             disable=not console.is_terminal,
         )
         self._task = self._progress.add_task("", total=None)
-        self._losses: deque[float] = deque(maxlen=_RECENT)
-        self._speeds: deque[tuple[int, float]] = deque(maxlen=_RECENT)
+        self._steps: deque[StepDone] = deque(maxlen=_RECENT)
         self._valid: float | None = None
         self._start: tuple[float, int] | None = None  # when this process began its first step, and which it was
-        self._last_plain = 0.0
-        self._line = ""
+        self._last_plain = time.monotonic()
 
     def __enter__(self) -> Self:
         self._progress.start()
@@ -94,33 +92,35 @@ class TrainingDisplay:
     def _take_step(self, event: StepDone) -> None:
         if self._start is None:
             self._start = (time.monotonic() - event.seconds, event.step - 1)
-        self._losses.append(event.loss)
-        self._speeds.append((event.tokens, event.seconds))
-        begun, first = self._start
-        left = (time.monotonic() - begun) / (event.step - first) * (event.total_steps - event.step)
-        speed = sum(tokens for tokens, _ in self._speeds) / sum(seconds for _, seconds in self._speeds)
-        parts = [f"step {event.step:,}/{event.total_steps:,}", f"loss {sum(self._losses) / len(self._losses):.3f}"]
-        if self._valid is not None:
-            parts.append(f"valid {self._valid:.3f}")
-        parts += [f"{speed:,.0f} tok/s", f"{duration(left)} left"]
-        self._line = "  ".join(parts)
-        self._progress.update(self._task, completed=event.step, total=event.total_steps, description=self._line)
-        if time.monotonic() - self._last_plain > _PLAIN_SECONDS:
-            self._plain(self._line)
+        self._steps.append(event)
+        self._progress.update(self._task, completed=event.step, total=event.total_steps, description=self._status())
+        if time.monotonic() - self._last_plain > _PLAIN_SECONDS and not self._console.is_terminal:
+            self._print_status()
 
     def _take_evaluation(self, event: Evaluated) -> None:
         self._valid = event.loss
-        note = "base model" if event.step == 0 else "best so far" if event.best else "not better"
-        line = f"step {event.step:,}  valid {event.loss:.4f}  {note}"
-        if self._console.is_terminal:
-            self._console.print(line)
+        if self._steps:
+            self._progress.update(self._task, description=self._status())
+            self._print_status("  best so far" if event.best else "")
         else:
-            self._plain(line)
+            self._console.print(
+                f"step {event.step:,}  valid {event.loss:.3f}{'  base model' if event.step == 0 else ''}"
+            )
 
-    def _plain(self, line: str) -> None:
-        if not self._console.is_terminal:
-            self._console.print(line)
-            self._last_plain = time.monotonic()
+    def _print_status(self, note: str = "") -> None:
+        self._console.print(self._status() + note)
+        self._last_plain = time.monotonic()
+
+    def _status(self) -> str:
+        """`step 40/210  loss 1.31  valid 1.42  410 tok/s  14 min left`, of the newest steps and evaluation."""
+        assert self._start is not None
+        last, (begun, before_first) = self._steps[-1], self._start
+        left = (time.monotonic() - begun) / (last.step - before_first) * (last.total_steps - last.step)
+        speed = sum(step.tokens for step in self._steps) / sum(step.seconds for step in self._steps)
+        loss = sum(step.loss for step in self._steps) / len(self._steps)
+        valid = "" if self._valid is None else f"  valid {self._valid:.3f}"
+        where = f"step {last.step:,}/{last.total_steps:,}"
+        return f"{where}  loss {loss:.3f}{valid}  {speed:,.0f} tok/s  {duration(left)} left"
 
 
 def model_line(event: ModelReady) -> str:

@@ -36,13 +36,13 @@ def test_statistics_count_rows_tokens_and_ends():
 
 def test_cut_rows_are_counted():
     tokenizer = STYLES["mistral"]()
-    long_prompt = row(1, messages=messages("What is the answer? " * 20, "Blue."))
-    long_answer = row(2, messages=messages("What?", "four " * 60))
-    found = prepare([long_prompt, long_answer, *rows(1)], chat(tokenizer, max_length=64)).statistics
+    long_prompt = row(1, messages=messages("What is the answer? " * 60, "Blue."))
+    long_answer = row(2, messages=messages("What?", "four " * 160))
+    found = prepare([long_prompt, long_answer, *rows(1)], chat(tokenizer, max_length=128)).statistics
     assert (found.prompts_cut, found.answers_cut) == (1, 1)
     assert (found.end_trained, found.serving_prompts) == (2, 2)
-    assert found.length_max == 64
-    assert found.length_uncut_max > 100
+    assert found.length_max == 128
+    assert found.length_uncut_max > 200
 
 
 def test_no_serving_prompt_where_there_is_no_prompt():

@@ -217,10 +217,9 @@ SIZES = {"small": ("small", "little"), "medium": ("medium", "medium-sized"), "la
 
 HOURS = {12: "twelve", 1: "one", 2: "two", 5: "five", 6: "six", 7: "seven", 8: "eight", 9: "nine"}
 
-NAMES = tuple(
-    (
-        "Anna Ben Carla David Elena Felix Grace Hugo Ines Jonas Kira Liam Maria Noah "
-        "Olga Pablo Quinn Rosa Samir Tara Uma Victor Wanda Yusuf Zoe Amir Bella Chen "
-        "Dora Emil Fatima Gina Hanna Ivan Julia Karim Lena Marco Nadia Oscar"
-    ).split()
-)
+NAMES = (
+    "Anna", "Ben", "Carla", "David", "Elena", "Felix", "Grace", "Hugo", "Ines", "Jonas",
+    "Kira", "Liam", "Maria", "Noah", "Olga", "Pablo", "Quinn", "Rosa", "Samir", "Tara",
+    "Uma", "Victor", "Wanda", "Yusuf", "Zoe", "Amir", "Bella", "Chen", "Dora", "Emil",
+    "Fatima", "Gina", "Hanna", "Ivan", "Julia", "Karim", "Lena", "Marco", "Nadia", "Oscar",
+)  # fmt: skip

@@ -171,7 +171,7 @@ def test_curves_stay_inside_the_drawing():
     line = next(element for element in root if element.tag == "polyline")
     placed = [tuple(map(float, pair.split(","))) for pair in line.get("points").split()]
     assert len(placed) == 2000
-    assert all(48 <= x <= 408 and 10 <= y <= 194 for x, y in placed)
+    assert all(54 <= x <= 406 and 10 <= y <= 190 for x, y in placed)
     assert root.find("title").text == "t < u"
 
 

@@ -15,9 +15,9 @@ from typing import Any
 from lorakit.config import read_yaml
 from lorakit.files import JsonLines, read_json, write_text
 
-# Units of the drawing. On a phone one unit is a little under one CSS pixel, so text of 12 units stays readable.
+# Units of the drawing. On a phone one unit is a little under one CSS pixel, so text of 14 units stays readable.
 _WIDTH, _HEIGHT = 420, 230
-_LEFT, _RIGHT, _TOP, _BOTTOM = 48, 12, 10, 36
+_LEFT, _RIGHT, _TOP, _BOTTOM = 54, 14, 10, 40
 _MOST_POINTS = 400  # per curve; more cannot be seen and make the file big
 
 
@@ -62,7 +62,7 @@ def _contents(run_dir: Path) -> dict[str, Any]:
     evaluations = [row for row in rows if "eval_loss" in row]
     return {
         "name": run_dir.resolve().name,
-        "subtitle": f"{settings['model']} on {settings['data']}, lorakit {result['lorakit_version']}",
+        "subtitle": f"{_name(settings['model'])} on {_name(settings['data'])}, lorakit {result['lorakit_version']}",
         "warnings": _warnings(run_dir, result),
         "tiles": _tiles(result),
         "loss_chart": _loss_chart(steps, evaluations, result["best_step"]),
@@ -113,6 +113,11 @@ def _tiles(result: Mapping[str, Any]) -> list[dict[str, str]]:
     return tiles
 
 
+def _name(place: str) -> str:
+    """The last part of a path; a Hub id or alias whole."""
+    return Path(place).name if Path(place).is_absolute() else place
+
+
 def _loss(value: float | None) -> str:
     return "–" if value is None else f"{value:.3f}"
 
@@ -154,7 +159,7 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
         if isinstance(value, Mapping) and value:
             found += _flat(value, f"{label} ")
         else:
-            found.append((label, _words(value)))
+            found.append((label, f"{value:.1%}" if label.endswith("share") else _words(value)))
     return found
 
 
@@ -257,7 +262,7 @@ def chart(
         parts.append(f'<text x="{_LEFT - 6}" y="{down + 4}" text-anchor="end">{_tick(y)}</text>')
     for x in (x for x in x_ticks if x_low <= x <= x_high):
         across, down = place(x, y_low)
-        parts.append(f'<text x="{across}" y="{down + 16}" text-anchor="middle">{x:,.0f}</text>')
+        parts.append(f'<text x="{across}" y="{down + 18}" text-anchor="middle">{x:,.0f}</text>')
     parts.append(f'<text x="{(_LEFT + _WIDTH - _RIGHT) / 2}" y="{_HEIGHT - 4}" text-anchor="middle">step</text>')
     for curve in curves:
         placed = [place(x, y) for x, y in curve.points]

@@ -60,7 +60,8 @@ class TrainingDisplay:
         """Show one event."""
         match event:
             case Phase():
-                self._progress.update(self._task, description=f"{event.text} ...")
+                status = f"{self._status()}  " if self._steps else ""
+                self._progress.update(self._task, description=f"{status}{event.text} ...")
             case DataReady():
                 for line in event.lines:
                     self._console.print(line)

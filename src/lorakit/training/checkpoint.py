@@ -104,8 +104,8 @@ def save_checkpoint(
         write_safetensors(building / "optimizer.safetensors", optimizer)
         write_safetensors(building / "best.safetensors", best)
         write_json(building / "cursor.json", asdict(cursor))
-    sound = 0
-    for path in _newest_first(folder):
+    sound = 1  # the one just committed: its hashes were taken from what was written
+    for path in (path for path in _newest_first(folder) if path != target):
         if sound < keep and _is_sound(path):
             sound += 1
         else:

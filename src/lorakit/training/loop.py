@@ -26,7 +26,7 @@ from lorakit.machine import resolve_dtype
 from lorakit.packing import packed_attention, packed_logits
 from lorakit.training.checkpoint import Checkpoint, Cursor, save_checkpoint
 from lorakit.training.config import TrainConfig
-from lorakit.training.events import Checkpointed, Evaluated, OnEvent, StepDone
+from lorakit.training.events import Checkpointed, Evaluated, OnEvent, Phase, StepDone
 from lorakit.training.interrupt import stop_request
 from lorakit.training.objectives import cross_entropy_sum, mean_loss
 from lorakit.training.optim import (
@@ -159,6 +159,7 @@ def fit(
             evaluation_due = cursor.step % config.eval_steps == 0 or at_end
             # An interrupted step leaves its evaluation, which can take long, to the run that goes on.
             if evaluation_due and cursor.evaluated_step != cursor.step and not stop:
+                on_event(Phase("evaluating"))
                 start = time.perf_counter()
                 loss, _ = mean_loss(model, valid, micro_batch_tokens=config.micro_batch_tokens)
                 better = _take_evaluation(cursor, loss)

@@ -27,7 +27,6 @@ SMALL = {
     "intermediate_size": 48,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
-    # fmt: skip
     "num_key_value_heads": 2,
     "vocab_size": 97,
     "head_dim": 8,

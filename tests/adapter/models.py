@@ -90,7 +90,6 @@ LLAMA = {
     "intermediate_size": 48,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
-    # fmt: skip
     "num_key_value_heads": 2,
     "vocab_size": 97,
     "max_position_embeddings": 64,

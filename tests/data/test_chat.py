@@ -173,6 +173,12 @@ def test_an_answer_that_holds_the_end_token_is_refused():
         marks("chatml", {"messages": messages("What?", "Blue.<|im_end|> and more")})
 
 
+def test_a_call_that_holds_the_end_token_is_refused():
+    call = {**CALL, "tool_calls": [{"function": {"name": "get_weather", "arguments": {"city": "a<|im_end|>"}}}]}
+    with pytest.raises(DataError, match="at which generation stops"):
+        marks("chatml", {"messages": [TOOL_TURNS[0], call]}, chat_template="chatml-tools")
+
+
 def test_a_marker_in_the_text_is_no_marker():
     question = "Say '<|im_start|>assistant\nRed.' and '### assistant:\n'"
     (text,) = marks("chatml", {"messages": messages(question, "Blue.")})

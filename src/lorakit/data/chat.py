@@ -13,6 +13,7 @@ trained once.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -217,8 +218,9 @@ class ChatFormat:
         message, context = messages[place], messages[:place]
         if not context:
             raise DataError("the first turn is the assistant's: there is no prompt that it answers")
+        arguments = [json.dumps(dict(call.arguments), ensure_ascii=False) for call in message.tool_calls]
         for text in self._stop_texts:
-            if text in message.content:
+            if any(text in said for said in (message.content, message.reasoning or "", *arguments)):
                 raise DataError(f"turn {place + 1}: the answer holds {text!r}, at which generation stops; remove it")
         prompt = render(self.tokenizer, context, tools, add_generation_prompt=True)
         full = render(self.tokenizer, messages[: place + 1], tools, add_generation_prompt=False)

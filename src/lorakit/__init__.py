@@ -8,6 +8,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from lorakit.version import __version__
+
 if TYPE_CHECKING:
     from lorakit.adapter.attach import AttachedAdapters as AttachedAdapters
     from lorakit.adapter.attach import adapters as adapters
@@ -21,8 +23,6 @@ if TYPE_CHECKING:
     from lorakit.training.config import TrainConfig as TrainConfig
     from lorakit.training.run import Run as Run
     from lorakit.training.run import train as train
-
-__version__ = "0.1.0"
 
 _PUBLIC = {
     "Adapter": "lorakit.adapter.value",

@@ -103,7 +103,7 @@ class ReplacedModule(AdaptedModule):
 
 
 class ReplacedContainer(ReplacedModule):
-    """A replaced `nn.Sequential` or the like, whose forward runs over its children: what adapters hold is not one of them."""
+    """A replaced `nn.Sequential` or the like: its forward runs over its children, and what adapters hold is none."""
 
     def __iter__(self) -> Iterator[nn.Module]:
         return iter([child for name, child in self._modules.items() if name != "lorakit_updates" and child is not None])

@@ -47,5 +47,5 @@ def base_weight_of(layer: nn.Module, path: str) -> BaseWeight:
         return Dense()
     raise TargetError(
         f"{path}: {type(layer).__name__} stores its weight as {getattr(weight, 'dtype', type(weight).__name__)}, "
-        "which this version does not read; load the base in fp32, bf16 or fp16, or leave the layer out by exclude_modules"
+        "which this version does not read; load the base in fp32, bf16 or fp16, or leave it out by exclude_modules"
     )

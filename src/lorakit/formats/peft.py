@@ -17,11 +17,11 @@ from typing import Any, Literal
 
 import torch
 
-import lorakit
 from lorakit.adapter.config import LoRAConfig
 from lorakit.adapter.value import Adapter, BaseInfo, Factors
 from lorakit.errors import AdapterFileError, ConfigError, FileError, bullet_list
 from lorakit.files import parse_json, read_json, read_safetensors, write_json, write_safetensors
+from lorakit.version import __version__
 
 CONFIG_FILE = "adapter_config.json"
 TENSOR_FILE = "adapter_model.safetensors"
@@ -152,9 +152,7 @@ def _by_pattern(patterns: dict[str, Any], path: str, otherwise: float) -> float:
 
 def _our_metadata(adapter: Adapter) -> str:
     base = asdict(adapter.base) if adapter.base else None
-    return json.dumps(
-        {"version": lorakit.__version__, "base": base, "metadata": dict(adapter.metadata)}, sort_keys=True
-    )
+    return json.dumps({"version": __version__, "base": base, "metadata": dict(adapter.metadata)}, sort_keys=True)
 
 
 # ---------------------------------------------------------------- reading

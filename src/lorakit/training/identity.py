@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
-import lorakit
 from lorakit.adapter import fingerprint
 from lorakit.adapter.value import BaseInfo
 from lorakit.data.chat import Example
 from lorakit.training.config import TrainConfig
+from lorakit.version import __version__
 
 # Where things lie (what lies there is compared instead; the device under `machine`), and what is kept beside the run.
 _PLACES = {"model", "data", "validation", "validation_share", "output", "device"}
@@ -50,7 +50,7 @@ def identity_of(
             "processor": platform.machine(),
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
-            "lorakit": lorakit.__version__,
+            "lorakit": __version__,
         },
     }
 

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 
-import lorakit
 from lorakit import machine
 from lorakit.adapter.attach import AttachedAdapters, attach
 from lorakit.adapter.value import Adapter
@@ -41,6 +40,7 @@ from lorakit.training.events import DataReady, ModelReady, OnEvent, Phase, Resum
 from lorakit.training.identity import differences, identity_of, machine_changes
 from lorakit.training.loop import Fitted, Plan, fit, restore_tensors
 from lorakit.training.verify import weights_checksum
+from lorakit.version import __version__
 
 ADAPTER_NAME = "default"
 EVALUATIONS = 10  # a run, unless eval_steps says otherwise
@@ -381,5 +381,5 @@ def _result(folder: Path, fitted: Fitted, adapters: AttachedAdapters, config: Tr
         dtype=config.dtype,
         device=config.device,
         report=str(folder / "report.html"),
-        lorakit_version=lorakit.__version__,
+        lorakit_version=__version__,
     )

@@ -1,3 +1,5 @@
+import json
+
 import pytest
 
 from chat_styles import (
@@ -512,6 +514,12 @@ def test_references_and_tool_calls_as_the_answer():
     chat_format = chat(STYLES["chatml"](), chat_template="chatml-tools")
     assert chat_format.prompt(row(messages=messages("a", "b"), references=["b", "c"])).references == ("b", "c")
     (answer,) = chat_format.prompt(row(messages=TOOL_TURNS[:2], tools=TOOLS)).references
+    ids = chat_format.prompt(row(messages=TOOL_TURNS[:2], tools=TOOLS)).ids
+    assert (
+        chat_format.prompt_ids(TOOL_TURNS[:1], json.dumps(TOOLS))
+        == chat_format.prompt_ids(TOOL_TURNS[:1], TOOLS)
+        == ids
+    )
     assert answer == '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Paris"}}\n</tool_call>'
 
 

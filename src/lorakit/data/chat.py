@@ -27,7 +27,15 @@ from lorakit.data.rendering import (
     starts_with_bos,
     with_template,
 )
-from lorakit.data.schema import Conversation, Message, PlainText, PromptCompletion, parse_messages, parse_row
+from lorakit.data.schema import (
+    Conversation,
+    Message,
+    PlainText,
+    PromptCompletion,
+    parse_messages,
+    parse_row,
+    parse_tools,
+)
 from lorakit.data.sources import Origin, Row
 from lorakit.errors import ConfigError, DataError, ModelError
 from lorakit.models import stop_ids as find_stop_ids
@@ -179,22 +187,24 @@ class ChatFormat:
         except DataError as error:
             raise DataError(f"{row.origin}: {error}") from error
 
-    def prompt_ids(
-        self, prompt: str | Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = ()
-    ) -> list[int]:
+    def prompt_ids(self, prompt: str | Sequence[Mapping[str, Any]], tools: Any = None) -> list[int]:
         """Ids of a prompt without an answer: messages, or a string (one user turn; plain text without a template).
 
+        Args:
+            prompt: in any spelling a row may have.
+            tools: as under a row's `tools`.
+
         Raises:
-            DataError: messages that are none, that the template refuses, or that have no template.
+            DataError: messages or tools that are none, that the template refuses, or that have no template.
         """
         if isinstance(prompt, str):
             if self.template is None:
                 return self._plain(prompt)
             prompt = [{"role": "user", "content": prompt}]
-        messages = parse_messages(list(prompt))
+        messages, known_tools = parse_messages(list(prompt)), parse_tools(tools)
         self._require_template()
-        text = render(self.tokenizer, messages, tools, add_generation_prompt=True)
-        check_prompt(text, messages, tools)
+        text = render(self.tokenizer, messages, known_tools, add_generation_prompt=True)
+        check_prompt(text, messages, known_tools)
         return self._ids(text)
 
     # ------------------------------------------------------------ turns

@@ -220,7 +220,9 @@ def _conversation(messages: Sequence[Message], fields: Mapping[str, Any]) -> Con
     if not any(messages[number].trained for number in answers):
         raise DataError("no assistant turn is trained (every weight is 0)")
     end = answers[-1] + 1
-    return Conversation(tuple(messages[:end]), _tools(fields), _references(fields), len(messages) - end)
+    return Conversation(
+        tuple(messages[:end]), parse_tools(fields.get("tools")), _references(fields), len(messages) - end
+    )
 
 
 def parse_messages(value: Any, key: str = "messages") -> list[Message]:
@@ -332,9 +334,12 @@ def _calls_in_text(value: Any, number: int) -> tuple[ToolCall, ...]:
     return tuple(_tool_call(call, f"call_{number - 1}_{i}") for i, call in enumerate(calls))
 
 
-def _tools(fields: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:
-    """A list of tools, or JSON text of one; a bare function description is wrapped as OpenAI writes it."""
-    value = fields.get("tools")
+def parse_tools(value: Any) -> tuple[Mapping[str, Any], ...]:
+    """A list of tools, JSON text of one, or None; a bare function description is wrapped as OpenAI writes it.
+
+    Raises:
+        DataError: it is neither, or a tool has no function name.
+    """
     if isinstance(value, str):
         value = _json(value, "'tools'") if value.strip() else None
     if value is None:

@@ -25,6 +25,7 @@ help:  ## list the targets
 
 demo: $(RUNTIME) $(MODEL)  ## train a small real model on a made task and compare it before and after
 	$(BIN)/lorakit demo $(ARGS)
+	@echo "       (lorakit is in $(BIN): source $(BIN)/activate)"
 
 test: $(DEV) $(MODEL) $(MODELS)  ## run the whole test suite (ARGS="-k name" for a part)
 	$(BIN)/python -m pytest $(ARGS)

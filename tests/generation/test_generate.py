@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from transformers import GenerationConfig
+from transformers import GenerationConfig, MistralConfig, MistralForCausalLM
 
 from lorakit import generation
 from lorakit.errors import ConfigError
@@ -19,14 +19,23 @@ def ids_of(completions):
     return [completion.ids for completion in completions]
 
 
-@pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2])
+def tiny_mistral():
+    """Sees only the last 6 tokens."""
+    torch.manual_seed(0)
+    like = tiny_llama().config.to_dict()
+    kept = {key: like[key] for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")}
+    kept |= {key: like[key] for key in ("num_attention_heads", "num_key_value_heads", "initializer_range")}
+    return MistralForCausalLM(MistralConfig(**kept, sliding_window=6, bos_token_id=None, eos_token_id=None)).eval()
+
+
+@pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2, tiny_mistral])
 @pytest.mark.parametrize("sampling", [{}, {"temperature": 0.9}, {"temperature": 1.3, "top_p": 0.8, "seed": 7}])
 def test_row_in_a_batch_is_the_row_alone(make, sampling, monkeypatch):
     model = make()
-    together = generate(model, TOKENIZER, PROMPTS, max_new_tokens=12, **sampling)
-    small = generate(model, TOKENIZER, PROMPTS, max_new_tokens=12, batch_size=2, **sampling)
+    together = generate(model, TOKENIZER, PROMPTS, max_new_tokens=20, **sampling)
+    small = generate(model, TOKENIZER, PROMPTS, max_new_tokens=20, batch_size=2, **sampling)
     monkeypatch.setattr(generation, "BATCH_TOKENS", 1)  # less than one row: rows go alone all the same
-    alone = generate(model, TOKENIZER, PROMPTS, max_new_tokens=12, **sampling)
+    alone = generate(model, TOKENIZER, PROMPTS, max_new_tokens=20, **sampling)
     assert ids_of(together) == ids_of(small) == ids_of(alone)
     assert len(set(ids_of(together))) >= 6  # the model is not bland
 
@@ -97,6 +106,33 @@ def test_stops_at_every_stop_id_and_says_so():
         assert after.ids == before.ids[: ends[0] if ends else None]
     assert stopped[1].finished
     assert stopped[2].finished
+
+
+@pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2, tiny_mistral])
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 0.9}])
+def test_rows_that_have_ended_leave_the_batch(make, sampling, monkeypatch):
+    model, sizes = make(), []
+    free = generate(model, TOKENIZER, PROMPTS, max_new_tokens=40, stop_ids=frozenset(), **sampling)
+    stop = frozenset({free[0].ids[3], free[1].ids[20], free[2].ids[37]})
+    model.register_forward_pre_hook(
+        lambda module, args, kwargs: sizes.append(kwargs["input_ids"].shape), with_kwargs=True
+    )
+    for round_tokens in (1, 5, 16, 100):
+        monkeypatch.setattr(generation, "ROUND_TOKENS", round_tokens)
+        sizes.clear()
+        found = generate(model, TOKENIZER, PROMPTS, max_new_tokens=40, stop_ids=stop, **sampling)
+        for before, after in zip(free, found, strict=True):
+            end = next((i for i, token in enumerate(before.ids) if token in stop), None)
+            assert after.ids == before.ids[:end]
+        assert [length for _, length in sizes[1:]] == [1] * (len(sizes) - 1)  # keys and values were kept
+        assert (sizes[-1][0] < len(PROMPTS)) == (round_tokens < 40)
+
+
+def test_a_cache_that_cannot_lose_rows_is_computed_anew(monkeypatch):
+    model = tiny_llama()
+    expected = generate(model, TOKENIZER, PROMPTS, max_new_tokens=20)
+    monkeypatch.setattr(generation, "_kept", lambda cache, rows, of: None)
+    assert generate(model, TOKENIZER, PROMPTS, max_new_tokens=20) == expected
 
 
 def test_default_stop_ids_are_those_of_the_template():

@@ -17,6 +17,7 @@ from lorakit import models
 from lorakit.errors import ConfigError
 from lorakit.generation.sampling import RowSampler
 
+ROUND_TOKENS = 16  # between looks for rows that have ended
 BATCH_TOKENS = 16_384  # prompt and new tokens of a batch, padding included: bounds the memory of keys and values
 
 
@@ -138,32 +139,67 @@ def _decode(
     sampler: RowSampler | None,
     streamer: Any = None,
 ) -> list[list[int]]:
-    """One batch through `model.generate`: left-padded prompts in, new ids (with whatever follows a stop id) out."""
+    """One batch through `model.generate`: left-padded prompts in, new ids (with whatever follows a stop id) out.
+
+    `generate` goes on with all rows until the last one has ended, so it is called for `ROUND_TOKENS` at a time, and
+    rows that have ended leave the batch in between. Keys and values of the others are kept if they are plain tensors.
+    """
     import transformers
 
     longest = max(len(prompt) for prompt in prompts)
-    pad = min(stop, default=0)  # masked before the prompt and cut off after the answer, so any id will do
-    ids = torch.tensor([[pad] * (longest - len(prompt)) + list(prompt) for prompt in prompts])
-    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-    generation_config: Any = transformers.GenerationConfig
-    settings = generation_config(
-        max_new_tokens=max_new_tokens,
-        do_sample=False,  # the sampler leaves one token possible, so the most probable one is the one drawn
-        eos_token_id=sorted(stop) or None,
-        pad_token_id=pad,
-        use_cache=True,
-    )
     device = model.get_input_embeddings().weight.device
-    with torch.inference_mode(), _own_settings(model, settings):
-        output = model.generate(
-            ids.to(device),
-            attention_mask=mask.to(device),
-            generation_config=settings,
-            logits_processor=transformers.LogitsProcessorList([sampler] if sampler is not None else []),
-            streamer=streamer,
+    pad = min(stop, default=0)  # masked before the prompt and cut off after the answer, so any id will do
+    ids = torch.tensor([[pad] * (longest - len(prompt)) + list(prompt) for prompt in prompts], device=device)
+    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
+    rows = torch.arange(len(prompts), device=device)  # which prompt each row of the shrinking batch belongs to
+    stop_tensor = torch.tensor(sorted(stop), dtype=torch.long, device=device)
+    results: dict[int, list[int]] = {}
+    cache = None
+    generation_config: Any = transformers.GenerationConfig
+    while len(rows):
+        left = max_new_tokens - (ids.shape[1] - longest)
+        settings = generation_config(
+            max_new_tokens=left if len(rows) == 1 else min(left, ROUND_TOKENS),
+            do_sample=False,  # the sampler leaves one token possible, so the most probable one is the one drawn
+            eos_token_id=sorted(stop) or None,
+            pad_token_id=pad,
+            return_dict_in_generate=True,
         )
-    rows: list[list[int]] = output[:, longest:].tolist()
-    return rows
+        with torch.inference_mode(), _own_settings(model, settings):
+            output = model.generate(
+                ids,
+                attention_mask=mask,
+                generation_config=settings,
+                logits_processor=transformers.LogitsProcessorList([sampler] if sampler is not None else []),
+                streamer=streamer,
+                past_key_values=cache,
+            )
+        ended = torch.isin(output.sequences[:, ids.shape[1] :], stop_tensor).any(dim=1)
+        if output.sequences.shape[1] == longest + max_new_tokens:
+            ended[:] = True
+        results |= dict(zip(rows[ended].tolist(), output.sequences[ended, longest:].tolist(), strict=True))
+        going_on = (~ended).nonzero().flatten()
+        rows, ids = rows[going_on], output.sequences[going_on]
+        mask = torch.nn.functional.pad(mask[going_on], (0, ids.shape[1] - mask.shape[1]), value=1)
+        cache = _kept(output.past_key_values, going_on, len(ended))
+        if sampler is not None:
+            sampler.keep(going_on.tolist())
+    return [results[row] for row in range(len(prompts))]
+
+
+def _kept(cache: Any, rows: torch.Tensor, of: int) -> Any:
+    """The cache with only these of its rows; None (compute it anew) if it holds more than plain keys and values."""
+    from transformers import DynamicCache
+    from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+    plain = isinstance(cache, DynamicCache) and all(
+        type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers
+    )
+    if not plain or not len(rows):
+        return None
+    if len(rows) < of:
+        cache.batch_select_indices(rows)
+    return cache
 
 
 @contextlib.contextmanager

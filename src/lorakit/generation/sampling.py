@@ -34,6 +34,10 @@ class RowSampler:
         draws = [np.random.Generator(np.random.Philox(key=[seed, row])).random(steps) for row in rows]
         self.uniform = torch.from_numpy(np.stack(draws))  # (rows, steps), float64 in [0, 1)
 
+    def keep(self, rows: Sequence[int]) -> None:
+        """Go on with only these rows of the batch."""
+        self.uniform = self.uniform[list(rows)]
+
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Scores (rows, V) with all but the drawn token of each row at -inf."""
         step = input_ids.shape[1] - self.prompt_length

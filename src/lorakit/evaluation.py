@@ -128,6 +128,7 @@ GENERATION_METRICS: dict[str, Callable[[Sequence[str], References], float]] = {
     "json_valid": json_valid,
 }
 METRICS = ("loss", *GENERATION_METRICS)
+_ALIASES = {"rouge": "rouge_l"}
 
 
 # ---------------------------------------------------------------- evaluating
@@ -225,7 +226,11 @@ def evaluate(
         DataError: rows that cannot be used; lists the first ones.
         ModelError, AdapterFileError, AdapterMismatchError: as in `load_model` and `attach`.
     """
-    _check_metrics(metrics, limit, answer_after)
+    metrics = _checked_metrics(metrics)
+    if limit is not None and limit < 1:
+        raise ConfigError(f"limit: must be at least 1 (got {limit})")
+    if answer_after is not None and ("exact_match" not in metrics or not answer_after):
+        raise ConfigError("answer_after: needs the metric exact_match and a marker of at least one character")
     judges = {metric: judge for metric, judge in GENERATION_METRICS.items() if metric in metrics}
     if answer_after is not None:
         judges["exact_match"] = functools.partial(exact_match, answer_after=answer_after)
@@ -351,15 +356,14 @@ def _names(adapters: Sequence[str | Path | Adapter]) -> list[str]:
     return names
 
 
-def _check_metrics(metrics: Sequence[str], limit: int | None, answer_after: str | None) -> None:
+def _checked_metrics(metrics: Sequence[str]) -> list[str]:
+    """Names in `METRICS`, from what was asked for."""
     if isinstance(metrics, str) or not metrics:
         raise ConfigError(f"metrics: expected a list of {', '.join(METRICS)} (got {metrics!r})")
-    for metric in metrics:
+    known = [_ALIASES.get(metric, metric) for metric in metrics]
+    for metric in known:
         if metric not in METRICS:
             guess = nearest(metric, METRICS)
             hint = f"did you mean {' or '.join(guess)}?" if guess else f"known: {', '.join(METRICS)}"
             raise ConfigError(f"metrics: unknown {metric!r}; {hint}")
-    if limit is not None and limit < 1:
-        raise ConfigError(f"limit: must be at least 1 (got {limit})")
-    if answer_after is not None and ("exact_match" not in metrics or not answer_after):
-        raise ConfigError("answer_after: needs the metric exact_match and a marker of at least one character")
+    return known

@@ -31,7 +31,7 @@ def run(*arguments):
 def test_base_and_adapter_as_one_object_each(base, adapter, data, tmp_path):
     answers = tmp_path / "answers.jsonl"
     result = run(
-        data, "--model", base, "--adapter", adapter, "--base", "--metric", "loss", "--metric", "bleu", "--metric",
+        data, "--model", base, "--adapter", adapter, "--base", "--metric", "loss, bleu", "--metric",
         "exact_match", "--max-new-tokens", "6", "--limit", "4", "--predictions", str(answers), "--json",
     )  # fmt: skip
     assert result.exit_code == 0, result.output

@@ -28,7 +28,7 @@ _SHARES = {"exact_match", "rouge_l", "json_valid"}
     multiple=True,
     default=("loss",),
     show_default=True,
-    help="loss, exact_match, bleu, rouge_l, json_valid; may be given again.",
+    help="loss, exact_match, bleu, rouge_l, json_valid; several with commas, or given again.",
 )
 @click.option("--limit", type=int, help="Use only the first rows.")
 @click.option("--max-new-tokens", type=int, default=256, show_default=True, help="Longest answer.")
@@ -50,7 +50,8 @@ def command(
     from lorakit.evaluation import GENERATION_METRICS, evaluate
     from lorakit.files import JsonLines
 
-    if predictions is not None and not any(metric in GENERATION_METRICS for metric in settings["metrics"]):
+    settings["metrics"] = [name.strip() for value in settings["metrics"] for name in value.split(",")]
+    if predictions is not None and set(settings["metrics"]) <= {"loss"}:
         raise ConfigError(f"--predictions needs a metric that judges answers: {', '.join(GENERATION_METRICS)}")
     settings["base"] = settings["base"] or None  # a flag that is not given leaves the choice to evaluate
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
@@ -62,11 +63,10 @@ def command(
             progress.update(tasks[subject], completed=done)
 
         results = evaluate(data=data, model=model, adapters=adapters, on_progress=on_progress, **settings)
-    if predictions is not None:
-        JsonLines(predictions).keep(list(_prediction_rows(results)))
     for line in result_lines(results, settings["max_new_tokens"]):
         console.print(line)
     if predictions is not None:
+        JsonLines(predictions).keep(list(_prediction_rows(results)))
         console.print(f"answers in {predictions}")
     listed = [result.to_dict() for result in results]
     single = listed[0] if len(listed) == 1 else {}

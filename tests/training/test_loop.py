@@ -41,9 +41,17 @@ def examples(lengths):
 @pytest.fixture
 def adapted():
     """A tiny model with an adapter whose update is not zero."""
+    return with_update(LoRAConfig(r=4))
+
+
+def with_update(config):
     model = tiny_llama()
-    handle = attach(model, LoRAConfig(r=4, init="orthogonal"))
-    return model, handle.trainable_tensors()
+    tensors = attach(model, config).trainable_tensors()
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            if name.endswith(".B"):
+                tensor.copy_(torch.randn(tensor.shape, generator=torch.Generator().manual_seed(len(name))) / 10)
+    return model, tensors
 
 
 def gradients(tensors):
@@ -97,6 +105,22 @@ def test_a_step_is_the_mean_over_its_tokens_however_divided(adapted):
         torch.testing.assert_close(whole[name], gradient, rtol=1e-4, atol=1e-6)
 
 
+def test_dropout_differs_by_step_and_micro_batch_and_repeats():
+    model, tensors = with_update(LoRAConfig(r=4, dropout=0.5))
+    rows, scaler = examples([20]), make_scaler(torch.float32, CPU)
+
+    def losses(step, seed=0):
+        found = [accumulate(model, rows, [[0]] * count, scaler, seed, step) for count in (1, 2)]
+        gradients(tensors)
+        return found
+
+    (first, both), again, next_step, other_seed = losses(3), losses(3), losses(4), losses(3, seed=1)
+    assert again == [first, both]
+    assert both != first  # the mean over two micro-batches of the same row: the second one draws otherwise
+    assert next_step[0] != first
+    assert other_seed[0] != first
+
+
 def test_mode_is_restored(adapted):
     model, _ = adapted
     for training in (True, False):
@@ -125,7 +149,7 @@ def test_draws_depend_on_the_numbers_alone():
     assert torch.equal(torch.rand(2), expected)
 
 
-def test_non_finite_loss_names_the_rows_of_its_micro_batch(adapted):
+def test_non_finite_loss_names_the_rows_of_its_micro_batch():
     """A token whose embedding is NaN (untied here) spoils the micro-batch with the row that has it, and no other."""
     model = tiny_llama(tie_word_embeddings=False)
     attach(model, LoRAConfig(r=2))

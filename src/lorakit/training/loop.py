@@ -23,7 +23,7 @@ from lorakit.data.chat import Example
 from lorakit.errors import NonFiniteLossError, RunError, bullet_list
 from lorakit.files import JsonLines
 from lorakit.machine import resolve_dtype
-from lorakit.packing import packed_attention, packed_logits
+from lorakit.packing import has_dropout, packed_attention, packed_logits
 from lorakit.training.checkpoint import Checkpoint, Cursor, save_checkpoint
 from lorakit.training.config import TrainConfig
 from lorakit.training.events import Checkpointed, Evaluated, OnEvent, Phase, StepDone
@@ -223,9 +223,10 @@ def accumulate(
     was_training = model.training
     model.train()
     try:
-        with packed_attention(model):
+        with packed_attention(model) as packs:
+            share = packs and not has_dropout(model)
             for number, indices in enumerate(micro_batches):
-                batch = collate(examples, indices).to(device)
+                batch = collate(examples, indices, share_beginning=share).to(device)
                 with seeded(device, seed, step, number):
                     loss_sum = cross_entropy_sum(packed_logits(model, batch), batch.targets)
                     torch.autograd.backward(scaler.scale(loss_sum / labelled))

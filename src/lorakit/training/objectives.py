@@ -85,9 +85,9 @@ def mean_loss(
     model.eval()
     total, tokens = 0.0, 0
     try:
-        with packed_attention(model):
+        with packed_attention(model) as packs:
             for indices in plan_evaluation([len(e.ids) for e in examples], micro_batch_tokens=micro_batch_tokens):
-                batch = collate(examples, indices).to(device)
+                batch = collate(examples, indices, share_beginning=packs).to(device)
                 total += float(cross_entropy_sum(packed_logits(model, batch), batch.targets))
                 tokens += len(batch.targets)
     finally:

@@ -19,8 +19,10 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from lorakit.data.batches import Batch
-from lorakit.packing import packed_attention, packed_logits
+import lorakit
+from lorakit import LoRAConfig
+from lorakit.data.batches import Batch, collate
+from lorakit.packing import has_dropout, packed_attention, packed_logits
 
 SMALL = {
     "hidden_size": 32,
@@ -58,6 +60,11 @@ def batch(lengths=(5, 30, 31, 33, 60, 260, 261), every=3) -> Batch:
     return Batch(ids, positions, lengths, predict, ids[predict + 1], tuple(range(len(lengths))))
 
 
+class Row:
+    def __init__(self, ids, first_target):
+        self.ids, self.trained = ids, [i >= first_target for i in range(len(ids))]
+
+
 def build(make, dtype=torch.float32):
     torch.manual_seed(0)
     return make().to(dtype).eval()
@@ -80,6 +87,38 @@ def test_packed_equals_alone_with_gradients(make, dtype, tolerance):
         packed, gradient_packed = logits_and_gradient(model, batch())
     assert (packed - alone).abs().max() <= tolerance * alone.abs().max()
     assert (gradient_packed - gradient_alone).norm() <= tolerance * gradient_alone.norm()
+
+
+@pytest.mark.parametrize("make", PACKING.values(), ids=PACKING)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.bfloat16, 2e-2)], ids=["fp32", "bf16"])
+def test_a_shared_beginning_changes_nothing_but_rounding(make, dtype, tolerance):
+    model = build(make, dtype)
+    generator = torch.Generator().manual_seed(0)
+    beginning = torch.randint(3, 97, (11,), generator=generator).tolist()
+    rows = [
+        Row(beginning + torch.randint(3, 97, (n,), generator=generator).tolist(), 13) for n in (3, 9, 9, 12, 40, 300)
+    ]
+    indices = range(len(rows))
+    alone, gradient_alone = logits_and_gradient(model, collate(rows, indices))
+    with packed_attention(model):
+        together = collate(rows, indices, share_beginning=True)
+        assert together.shared == 11
+        assert len(together.ids) == 11 + 3 + 9 + 9 + 12 + 40 + 300
+        shared, gradient_shared = logits_and_gradient(model, together)
+    assert (shared - alone).abs().max() <= tolerance * alone.abs().max()
+    assert (gradient_shared - gradient_alone).norm() <= tolerance * gradient_alone.norm()
+
+
+def test_dropout_is_seen_wherever_it_is():
+    model = build(PACKING["llama"])
+    assert not has_dropout(model)
+    handle = lorakit.attach(model, LoRAConfig(r=2, dropout=0.1))
+    assert has_dropout(model)
+    handle.detach()
+    assert not has_dropout(model)
+    assert has_dropout(build(lambda: GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=97))))
+    model.config.attention_dropout = 0.1
+    assert has_dropout(model)
 
 
 @pytest.mark.parametrize("make", ROW_BY_ROW.values(), ids=ROW_BY_ROW)

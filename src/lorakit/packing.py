@@ -1,13 +1,11 @@
-"""Rows of different length through a causal language model as one sequence: no padding, no leak between rows. Knows no
-loss.
+"""Rows of different length through a causal language model as one sequence: no padding, no leak. Knows no loss.
 
-All rows of a micro-batch are laid end to end as (1, T) tokens with positions that restart at each row. Everything in a
-transformer but attention
+All rows of a micro-batch are laid end to end as (1, T) tokens with positions that restart at each row; what they all
+begin with (a system prompt, a template's opening) stands once, before them. Everything in a transformer but attention
 works on single tokens, so only attention must know the rows: while `packed_attention` is entered, the model uses the
-attention function below, which
-keeps each row to itself. A model without exchangeable attention, or one that lets rows touch in another way (a state
-space, a convolution over
-time), is found by a probe on the model itself and then gets its rows one by one: slower, and as right.
+attention function below, which lets each row see itself and the shared beginning. A model without exchangeable
+attention, or one that lets rows touch in another way (a state space, a convolution over time), is found by a probe on
+the model itself and then gets its rows one by one: slower, and as right.
 """
 
 from __future__ import annotations
@@ -21,8 +19,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from transformers import AttentionInterface, PreTrainedModel
+from torch.nn.modules.dropout import _DropoutNd
+from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 
+from lorakit.core.deltas import LoRA
 from lorakit.data.batches import Batch
 
 ATTENTION_NAME = "lorakit_packed"
@@ -32,39 +32,50 @@ _LONG_ROW = 256  # tokens; from here on the saved (n, n) probabilities outweigh 
 
 @dataclass(frozen=True)
 class _Group:
-    """Rows of similar length that attend together: (k rows, n tokens) with padding that reaches no result."""
+    """k rows of similar length that attend together, padded to n tokens; padding reaches no result.
 
-    gather: torch.Tensor  # (k * n,) index into the group's tokens; padding points at the group's first token
-    scatter: torch.Tensor  # (tokens of the group,) index into k * n
-    blocked: torch.Tensor  # (k, 1, n, n) True where query i must not see key j
+    Attributes:
+        gather: (k * n,) index into the group's own tokens; padding points at the first of them.
+        scatter: (own tokens,) index into k * n.
+        blocked: (k, 1, n, p + n) True where query i must not see key j; the first p keys are the shared ones.
+        rows: k.
+        longest: n.
+        own: where the group's tokens lie among the T.
+        causal: whether a single row's mask is plain causality, without shared keys or a window that cuts.
+    """
+
+    gather: torch.Tensor
+    scatter: torch.Tensor
+    blocked: torch.Tensor
     rows: int
     longest: int
-    start: int  # the group's tokens are [start, stop) of the T
-    stop: int
-    windowed: bool  # whether a sliding window hides anything beyond causality
+    own: slice
+    causal: bool
 
 
 class _Layout:
-    """How the rows of a micro-batch lie in the packed sequence. Handed down to every attention layer; its groups are
-    made once.
-    """
+    """How the rows of a micro-batch lie in the packed sequence. Handed down to every attention layer."""
 
-    def __init__(self, lengths: tuple[int, ...]) -> None:
+    def __init__(self, shared: int, lengths: tuple[int, ...]) -> None:
+        self.shared = shared
         self.lengths = lengths
         self._groups: dict[tuple[torch.device, int | None], list[_Group]] = {}
 
     def groups(self, device: torch.device, window: int | None) -> list[_Group]:
-        """Neighbouring rows whose lengths differ by less than an eighth, for a device and a sliding window (None:
-        full).
-        """
+        """The rows after the shared beginning, for a device and a sliding window (None: full). Made once."""
         key = (device, window)
         if key not in self._groups:
-            self._groups[key] = list(_make_groups(self.lengths, device, window))
+            self._groups[key] = list(_make_groups(self.shared, self.lengths, device, window))
         return self._groups[key]
 
+    def shared_group(self, device: torch.device, window: int | None) -> _Group:
+        """The shared beginning as a row of its own, which sees only itself."""
+        return next(_make_groups(0, (self.shared,), device, window))
 
-def _make_groups(lengths: tuple[int, ...], device: torch.device, window: int | None) -> Iterator[_Group]:
-    first, start = 0, 0
+
+def _make_groups(shared: int, lengths: tuple[int, ...], device: torch.device, window: int | None) -> Iterator[_Group]:
+    """Neighbouring rows whose lengths differ by less than an eighth; long rows stand alone."""
+    first, start = 0, shared
     while first < len(lengths):
         last = first + 1
         low = high = lengths[first]
@@ -76,21 +87,21 @@ def _make_groups(lengths: tuple[int, ...], device: torch.device, window: int | N
         rows = lengths[first:last]
         longest, count = max(rows), last - first
         offset = torch.arange(longest)  # (n,)
-        length = torch.tensor(rows)[:, None]  # (k, 1)
         begin = torch.tensor([sum(rows[:i]) for i in range(count)])[:, None]  # (k, 1)
-        real = offset < length  # (k, n)
+        real = offset < torch.tensor(rows)[:, None]  # (k, n)
         gather = torch.where(real, begin + offset, 0).flatten()
-        distance = offset[:, None] - offset[None, :]  # (n, n) query - key
-        blocked = (distance < 0) | ~real[:, None, None, :]  # (k, 1, n, n)
-        windowed = window is not None and longest > window
-        if window is not None and windowed:
+        distance = offset[:, None] - torch.arange(-shared, longest)[None, :]  # (n, p + n) query - key
+        keys = torch.nn.functional.pad(real, (shared, 0), value=True)  # (k, p + n)
+        blocked = (distance < 0) | ~keys[:, None, None, :]  # (k, 1, n, p + n)
+        if window is not None:
             blocked = blocked | (distance >= window)
-        # A padded query sees nothing; it may see itself so that its softmax stays finite. Nothing reads its result.
+        # A padded query may see itself, so that its softmax stays finite. Nothing reads its result.
         blocked = blocked & (distance != 0)
+        causal = shared == 0 and (window is None or longest <= window)
         scatter = real.flatten().nonzero().flatten()
-        stop = start + sum(rows)
-        yield _Group(gather.to(device), scatter.to(device), blocked.to(device), count, longest, start, stop, windowed)
-        first, start = last, stop
+        own = slice(start, start + sum(rows))
+        yield _Group(gather.to(device), scatter.to(device), blocked.to(device), count, longest, own, causal)
+        first, start = last, own.stop
 
 
 class _Pad(torch.autograd.Function):
@@ -126,13 +137,13 @@ class _Unpad(torch.autograd.Function):
 def _attend_fused(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, group: _Group, scale: float, dropout: float
 ) -> torch.Tensor:
-    """One row by torch's fused attention. q (n, H, D), k and v (n, H_kv, D) -> (n, H, D)."""
+    """One row by torch's fused attention. q (n, H, D), k and v (p + n, H_kv, D) -> (n, H, D)."""
     out = F.scaled_dot_product_attention(
         q.transpose(0, 1)[None],
         k.transpose(0, 1)[None],
         v.transpose(0, 1)[None],
-        attn_mask=~group.blocked if group.windowed else None,
-        is_causal=not group.windowed,
+        attn_mask=None if group.causal else ~group.blocked,
+        is_causal=group.causal,
         scale=scale,
         dropout_p=dropout,
         enable_gqa=q.shape[1] != k.shape[1],
@@ -144,34 +155,51 @@ def _attend_padded(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
+    shared: tuple[torch.Tensor, torch.Tensor] | None,
     group: _Group,
     scale: float,
     dropout: float,
     softcap: float | None,
 ) -> torch.Tensor:
-    """Rows of a group by plain batched products, which beat the fused call on many short rows. Shapes as in
-    `_attend_fused`.
+    """Rows of a group by plain batched products, which beat the fused call on many short rows.
+
+    Args:
+        q: (tokens, H, D).
+        k: (tokens, H_kv, D).
+        v: as `k`.
+        shared: keys and values (p, H_kv, D) that every row sees before its own; their gradient is the sum over rows.
+        group: the rows.
+        scale: of the scores.
+        dropout: on the probabilities.
+        softcap: scores become softcap * tanh(scores / softcap), or None.
+
+    Returns:
+        (tokens, H, D).
     """
     rows, n, heads, kv_heads = group.rows, group.longest, q.shape[1], k.shape[1]
-    shared = heads // kv_heads  # query heads that read one key head; laid below each other, so that no key is copied
+    query_heads = heads // kv_heads  # that read one key head; laid below each other, so that no key is copied for them
 
-    def pad(x: torch.Tensor) -> torch.Tensor:  # (tokens, heads, D) -> (rows * n, heads, D)
+    def pad(x: torch.Tensor) -> torch.Tensor:  # (tokens, heads, D) -> (rows, n, heads, D)
         padded: torch.Tensor = _Pad.apply(x, group.gather, group.scatter)  # type: ignore[no-untyped-call]
-        return padded
+        return padded.view(rows, n, *x.shape[1:])
 
-    q = pad(q).view(rows, n, kv_heads, shared, -1)
-    q = q.permute(0, 2, 3, 1, 4).reshape(rows * kv_heads, shared * n, -1)
-    k = pad(k).view(rows, n, kv_heads, -1).permute(0, 2, 3, 1)
-    v = pad(v).view(rows, n, kv_heads, -1).transpose(1, 2)
-    scores = torch.bmm(q * scale, k.reshape(rows * kv_heads, -1, n))  # (rows * H_kv, shared * n, n)
+    q = pad(q).view(rows, n, kv_heads, query_heads, -1)
+    q = q.permute(0, 2, 3, 1, 4).reshape(rows * kv_heads, query_heads * n, -1)
+    k, v = pad(k), pad(v)
+    if shared is not None:
+        k, v = (torch.cat([s.expand(rows, *s.shape), x], dim=1) for s, x in zip(shared, (k, v), strict=True))
+    keys = k.shape[1]  # p + n
+    k = k.permute(0, 2, 3, 1).reshape(rows * kv_heads, -1, keys)
+    v = v.transpose(1, 2).reshape(rows * kv_heads, keys, -1)
+    scores = torch.bmm(q * scale, k)  # (rows * H_kv, query_heads * n, p + n)
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
-    scores = scores.view(rows, kv_heads * shared, n, n).masked_fill(group.blocked, torch.finfo(scores.dtype).min)
+    scores = scores.view(rows, heads, n, keys).masked_fill(group.blocked, torch.finfo(scores.dtype).min)
     probabilities = torch.softmax(scores, dim=-1)  # torch accumulates the softmax of bf16 in fp32
     if dropout > 0:
         probabilities = F.dropout(probabilities, dropout)
-    out = torch.bmm(probabilities.view(rows * kv_heads, shared * n, n), v.reshape(rows * kv_heads, n, -1))
-    out = out.view(rows, kv_heads, shared, n, -1).permute(0, 3, 1, 2, 4)
+    out = torch.bmm(probabilities.view(rows * kv_heads, query_heads * n, keys), v)
+    out = out.view(rows, kv_heads, query_heads, n, -1).permute(0, 3, 1, 2, 4)
     packed: torch.Tensor = _Unpad.apply(out.reshape(rows * n, heads, -1), group.scatter)  # type: ignore[no-untyped-call]
     return packed
 
@@ -188,21 +216,27 @@ def _packed_attention_forward(
     softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """The attention function given to transformers. query (1, H, T, D), key and value (1, H_kv, T, D) -> (1, T, H,
-    D).
-    """
+    """The attention given to transformers. query (1, H, T, D), key and value (1, H_kv, T, D) -> (1, T, H, D)."""
     unknown = [name for name in ("s_aux", "position_bias", "cache") if kwargs.get(name) is not None]
     if unknown or attention_mask is not None or query.shape[0] != 1:
         raise NotImplementedError(f"packed attention knows no {', '.join(unknown) or 'mask'}")
+    layout: _Layout = kwargs[_LAYOUT]
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, H, D), (T, H_kv, D) twice
     scale = q.shape[-1] ** -0.5 if scaling is None else scaling
-    pieces = []
-    for group in kwargs[_LAYOUT].groups(q.device, sliding_window):
-        part = (q[group.start : group.stop], k[group.start : group.stop], v[group.start : group.stop])
-        if group.rows == 1 and softcap is None:
-            pieces.append(_attend_fused(*part, group, scale, dropout))
-        else:
-            pieces.append(_attend_padded(*part, group, scale, dropout, softcap))
+
+    def attend(group: _Group, shared: tuple[torch.Tensor, torch.Tensor] | None) -> torch.Tensor:
+        own_q, own_k, own_v = q[group.own], k[group.own], v[group.own]
+        if group.rows > 1 or softcap is not None:
+            return _attend_padded(own_q, own_k, own_v, shared, group, scale, dropout, softcap)
+        if shared is not None:
+            own_k, own_v = torch.cat([shared[0], own_k]), torch.cat([shared[1], own_v])
+        return _attend_fused(own_q, own_k, own_v, group, scale, dropout)
+
+    pieces, shared = [], None
+    if layout.shared:
+        pieces.append(attend(layout.shared_group(q.device, sliding_window), None))
+        shared = (k[: layout.shared], v[: layout.shared])
+    pieces += [attend(group, shared) for group in layout.groups(q.device, sliding_window)]
     return torch.cat(pieces)[None], None
 
 
@@ -244,8 +278,9 @@ def packed_logits(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
         batch: rows laid end to end; `batch.predict` (L,) are the positions whose logits are wanted.
     """
     if _config_attention(model) == ATTENTION_NAME:
-        layout = {_LAYOUT: _Layout(batch.lengths)}
+        layout = {_LAYOUT: _Layout(batch.shared, batch.lengths)}
         return _logits(model, batch.ids, batch.positions, batch.predict, layout)
+    assert batch.shared == 0, "only a model that packs can share the beginning of its rows"
     pieces, start = [], 0
     for length in batch.lengths:
         inside = (batch.predict >= start) & (batch.predict < start + length)
@@ -254,6 +289,17 @@ def packed_logits(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
             pieces.append(_logits(model, batch.ids[row], batch.positions[row], batch.predict[inside] - start, {}))
         start += length
     return torch.cat(pieces)
+
+
+def has_dropout(model: torch.nn.Module) -> bool:
+    """Whether the model draws anything in train mode; a shared beginning would then have one draw for all its rows."""
+    layers = any(
+        module.p > 0 if isinstance(module, _DropoutNd) else isinstance(module, LoRA) and module.dropout > 0
+        for module in model.modules()
+    )
+    settings = getattr(model, "config", None)
+    values = settings.to_dict() if isinstance(settings, PreTrainedConfig) else {}
+    return layers or any("drop" in key and isinstance(v, int | float) and v > 0 for key, v in values.items())
 
 
 def _logits(
@@ -291,29 +337,29 @@ def _probe(model: Any) -> bool:
     """Whether rows packed give what rows alone give, and whether a row can tell what stands before it.
 
     Rounding differs between the two ways, so the comparison is loose; the leak test is sharp: the second row's logits
-    must not
-    move when the first row's tokens change. Models that refuse our attention (other arguments, another forward) do not
-    pack.
+    must not move when the first row's tokens change. Models that refuse our attention do not pack.
     """
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
-    vocabulary = model.get_input_embeddings().weight.shape[0]
-    lengths = (5, 7)
-    ids = torch.arange(12, device=device) * 7919 % vocabulary
-    other = torch.cat([(ids[:5] + 1) % vocabulary, ids[5:]])
-    positions = torch.cat([torch.arange(n, device=device) for n in lengths])
-    every = torch.arange(12, device=device)
+    ids = torch.arange(15, device=device) * 7919 % model.get_input_embeddings().weight.shape[0]
+    beginning, one, other, changed = ids[:3], ids[3:6], ids[6:12], ids[12:15]
+    at = torch.arange(9, device=device)
 
-    def run(tokens: torch.Tensor) -> torch.Tensor:
-        return _logits(model, tokens, positions, every, {_LAYOUT: _Layout(lengths)}).float()
+    def run(*rows: torch.Tensor, shared: int = 0) -> torch.Tensor:
+        """Logits of whole rows laid end to end; of rows behind `beginning`, if they share it."""
+        positions = torch.cat([at[:shared], *(at[shared : shared + len(row)] for row in rows)])
+        tokens = torch.cat([beginning[:shared], *rows])
+        layout = _Layout(shared, tuple(len(row) for row in rows)) if len(rows) > 1 else None
+        every = torch.arange(len(tokens), device=device)
+        return _logits(model, tokens, positions, every, {_LAYOUT: layout} if layout else {}).float()
 
+    rows = torch.cat([beginning, one]), torch.cat([beginning, other])
     try:
-        alone = torch.cat(
-            [_logits(model, ids[s], positions[s], positions[s], {}).float() for s in (slice(0, 5), slice(5, 12))]
-        )
+        alone = torch.cat([run(row) for row in rows])
         with _exchanged_attention(model):
-            packed, changed = run(ids), run(other)
+            packed, moved = run(*rows), run(torch.cat([beginning, changed]), rows[1])
+            shared = run(one, other, shared=3)
     except (NotImplementedError, TypeError, KeyError, ValueError, IndexError):
         return False
     finally:
@@ -321,5 +367,6 @@ def _probe(model: Any) -> bool:
     size = alone.abs().max()
     tolerance = 1e-3 if model.dtype == torch.float32 else 5e-2
     equal = bool((packed - alone).abs().max() <= tolerance * size)
-    sealed = bool((packed[5:] - changed[5:]).abs().max() <= 1e-2 * tolerance * size)
-    return equal and sealed
+    unshared = torch.cat([shared[:6], shared[:3], shared[6:]])
+    equal = equal and bool((unshared - alone).abs().max() <= tolerance * size)
+    return equal and bool((packed[6:] - moved[6:]).abs().max() <= 1e-2 * tolerance * size)

@@ -146,7 +146,7 @@ def _from_row(chat_format: ChatFormat, row: Row) -> _Request:
     """A row for training is asked for its last answer; a prompt or turns without an answer as they are."""
     turns, prompt = row.fields.get("messages"), row.fields.get("prompt")
     if isinstance(turns, list) and turns and isinstance(turns[-1], dict) and turns[-1].get("role") != "assistant":
-        ids = chat_format.prompt_ids(turns, row.fields.get("tools") or ())
+        ids = chat_format.prompt_ids(turns, row.fields.get("tools"))
         return _Request(ids, str(turns[-1].get("content")))
     if prompt is not None and not row.fields.keys() & {"completion", "chosen"}:
         return _Request(chat_format.prompt_ids(prompt), prompt if isinstance(prompt, str) else str(row.origin))

@@ -74,6 +74,8 @@ class Config:
     def from_dict(cls, values: Mapping[str, Any], where: str = "settings") -> Self:
         """Build from a mapping (nested configs as mappings), refusing unknown keys.
 
+        A nested mapping changes the nested config's default here; what it does not name stays as that default has it.
+
         Args:
             values: field name (or alias) -> value.
             where: what to call the source in errors, e.g. "run.yaml".
@@ -100,7 +102,7 @@ class Config:
             hint = hints[name]
             if isinstance(hint, type) and issubclass(hint, Config) and isinstance(value, Mapping):
                 try:
-                    value = hint.from_dict(value, f"{where}: {name}")
+                    value = hint.from_dict(cls._over_default(name, hint, value), f"{where}: {name}")
                 except ConfigError as error:
                     found += [f"{name}: {problem}" for problem in error.problems]
                     continue
@@ -117,6 +119,16 @@ class Config:
             return cls(**given)
         except ConfigError as error:
             raise ConfigError.listing(where, error.problems) from None
+
+    @classmethod
+    def _over_default(cls, name: str, nested: type[Config], values: Mapping[str, Any]) -> dict[str, Any]:
+        """`values` over those settings in which the default of field `name` differs from `nested`'s own defaults."""
+        (field,) = (f for f in dataclasses.fields(cls) if f.name == name)
+        if field.default_factory is dataclasses.MISSING:
+            return dict(values)
+        default, plain = field.default_factory().to_dict(), nested().to_dict()
+        named = {nested.aliases.get(key, key) for key in (str(key).replace("-", "_") for key in values)}
+        return {k: v for k, v in default.items() if v != plain[k] and k not in named} | dict(values)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dicts, lists, strings, numbers, as YAML and JSON hold them. `from_dict` of it gives an equal config."""

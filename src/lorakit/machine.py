@@ -1,10 +1,8 @@
-"""What this machine can do: its device, the dtype that is fast on it, its allocator. Knows no model."""
+"""What this machine can do: its device, and the dtype that is fast on it. Knows no model."""
 
 from __future__ import annotations
 
-import ctypes
 import functools
-import platform
 import time
 
 import torch
@@ -12,8 +10,6 @@ import torch
 from lorakit.errors import ConfigError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h of glibc
 
 
 def resolve_device(name: str = "auto") -> torch.device:
@@ -84,21 +80,3 @@ def _matmul_speedup(dtype: torch.dtype) -> float:
             seconds.append(time.perf_counter() - start)
         best[candidate] = min(seconds)
     return best[torch.float32] / best[dtype]
-
-
-def tune_allocator() -> bool:
-    """Keep freed blocks of up to 1 GiB in the process instead of giving them back to the kernel at each free (glibc
-    only).
-
-    Training frees and asks for the same big blocks thousands of times; each return costs page faults (measured:
-    filling 124 MB takes
-    33 ms after a return, 5 ms without). The process holds its peak memory in exchange.
-
-    Returns:
-        Whether the C library took the settings.
-    """
-    if platform.libc_ver()[0] != "glibc":
-        return False
-    mallopt = ctypes.CDLL(None).mallopt
-    # Both must be set: setting one alone turns off glibc's own adjustment of the other.
-    return bool(mallopt(_M_MMAP_THRESHOLD, 1 << 30)) and bool(mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1))

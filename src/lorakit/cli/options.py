@@ -166,6 +166,12 @@ def _parameters(config_class: type[Config], positional: AbstractSet[str]) -> lis
     spellings = _spellings(config_class)
     classes = {"": config_class, **_nested(config_class)}
     docs = {section: _field_docs(cls) for section, cls in classes.items()}
+    # what a nested config is by default in this one, which may differ from its own defaults
+    made: dict[str, Config] = {
+        f.name: f.default_factory()
+        for f in dataclasses.fields(config_class)
+        if f.name in classes and f.default_factory is not dataclasses.MISSING
+    }
     parameters: list[click.Parameter] = []
     for section, field in dict.fromkeys(spellings.values()):
         cls = classes[section]
@@ -178,7 +184,7 @@ def _parameters(config_class: type[Config], positional: AbstractSet[str]) -> lis
         parameters.append(
             ConfigOption(
                 [internal, *_flags(names, typing.get_type_hints(cls)[field])],
-                help=_help(description, docs[section].get(field, "")),
+                help=_help(description, docs[section].get(field, ""), made.get(section)),
                 **_kind(typing.get_type_hints(cls)[field]),
             )
         )
@@ -191,9 +197,11 @@ def _flags(names: list[str], hint: Any) -> list[str]:
     return [f"--{name}" for name in names]
 
 
-def _help(field: dataclasses.Field[Any], text: str) -> str:
+def _help(field: dataclasses.Field[Any], text: str, made: Config | None) -> str:
     default = field.default
-    if field.default_factory is not dataclasses.MISSING:
+    if made is not None:
+        default = getattr(made, field.name)
+    elif field.default_factory is not dataclasses.MISSING:
         default = field.default_factory()
     if default is dataclasses.MISSING:
         return f"{text}  [required]"

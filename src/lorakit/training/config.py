@@ -44,8 +44,8 @@ class TrainConfig(Config):
     validation_share: float = 0.05
     """Share of rows held out when no validation file is given (at most 500 rows, at least 1)."""
 
-    lora: LoRAConfig = field(default_factory=LoRAConfig)
-    """The adapter."""
+    lora: LoRAConfig = field(default_factory=lambda: LoRAConfig(r=8))
+    """The adapter. Rank 8, where LoRAConfig has 16: half the file for nearly the same result."""
 
     epochs: float = 1.0
     """Passes over the training rows."""

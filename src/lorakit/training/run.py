@@ -44,7 +44,7 @@ from lorakit.version import __version__
 
 ADAPTER_NAME = "default"
 EVALUATIONS = 10  # a run, unless eval_steps says otherwise
-SAMPLE_TOKENS = 128
+SAMPLE_TOKENS = 96
 _CONTENTS = (
     "run.yaml",
     "metrics.jsonl",
@@ -126,7 +126,6 @@ def train(config: TrainConfig, on_event: OnEvent | None = None) -> Run:
 
 
 def _train(config: TrainConfig, folder: Path, on_event: OnEvent) -> Run:
-    machine.tune_allocator()
     device = machine.resolve_device(config.device)
     on_event(Phase("reading the data"))
     tokenizer = load_tokenizer(config.model)

@@ -27,8 +27,10 @@ demo: $(RUNTIME) $(MODEL)  ## train a small real model on a made task and compar
 	$(BIN)/lorakit demo $(ARGS)
 	@echo "       (lorakit is in $(BIN): source $(BIN)/activate)"
 
+# Two processes of one thread each: small tensors gain nothing from two threads.
+test: export OMP_NUM_THREADS := 1
 test: $(DEV) $(MODEL) $(MODELS)  ## run the whole test suite (ARGS="-k name" for a part)
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n 2 $(ARGS)
 
 check: $(DEV)  ## format, lint, types, direction of imports
 	$(BIN)/ruff format --check .

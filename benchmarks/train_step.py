@@ -60,7 +60,7 @@ def run(side: str, steps: int, rows: int) -> dict[str, object]:
 
     model, tokenizer = load_model("smollm2")
     examples, plan = batches(tokenizer, stop_ids(model, tokenizer), steps + 1, rows)
-    config = TrainConfig(model="smollm2", data="-", output="-")
+    config = TrainConfig(model="smollm2", data="-", output="-", learning_rate=1e-3)
     if side == "lorakit":
         handle = lorakit.attach(model, LoRAConfig(r=8))
         tensors = handle.trainable_tensors()

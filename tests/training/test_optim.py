@@ -10,6 +10,7 @@ from lorakit.errors import RunError
 from lorakit.training.config import TrainConfig
 from lorakit.training.optim import (
     clip_gradients,
+    default_learning_rate,
     learning_rate,
     make_optimizer,
     make_scaler,
@@ -21,7 +22,12 @@ from lorakit.training.optim import (
 
 
 def config(**changes):
-    return TrainConfig(model="m", data="d", output="o", **changes)
+    return TrainConfig(**{"model": "m", "data": "d", "output": "o", "learning_rate": 1e-3, **changes})
+
+
+@pytest.mark.parametrize(("width", "rate"), [(16, 3e-3), (576, 2.1e-3), (1024, 1.2e-3), (4096, 2.9e-4)])
+def test_the_rate_that_nobody_gave_falls_with_the_width(width, rate):
+    assert default_learning_rate(width) == rate
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])

@@ -138,7 +138,7 @@ def test_length_of_a_run(settings, tmp_path, changes, steps):
     )
     assert run.total_steps == steps
     resolved = TrainConfig.from_yaml(tmp_path / "run" / "run.yaml")
-    assert resolved.eval_steps == resolved.save_steps == math.ceil(steps / 10)
+    assert resolved.eval_steps == resolved.save_steps == math.ceil(steps / 8)
 
 
 def test_early_stop_counts_evaluations_without_better(settings, tmp_path):

@@ -19,6 +19,16 @@ def warmup_steps(config: TrainConfig, total_steps: int) -> int:
     return min(math.ceil(config.warmup * total_steps), total_steps - 1)
 
 
+def default_learning_rate(width: int) -> float:
+    """The peak rate where none is given: 1.2 / width, at most 3e-3, to two digits.
+
+    The constant is measured at width 576, where 2e-3 and 3e-3 do equally well (docs/log.md: E2E, learning rate and
+    rank); that the best rate falls as 1 / width is the rule of maximal update parametrisation (arXiv 2203.03466), not
+    measured here.
+    """
+    return float(f"{min(3e-3, 1.2 / width):.2g}")
+
+
 def learning_rate(config: TrainConfig, step: int, total_steps: int) -> float:
     """The learning rate of a step, a pure function of its number.
 
@@ -29,12 +39,14 @@ def learning_rate(config: TrainConfig, step: int, total_steps: int) -> float:
         step: 0 for the first optimiser step.
         total_steps: optimiser steps of the whole run.
     """
+    peak = config.learning_rate
+    assert peak is not None, "train resolves it before the first step"
     warmup = warmup_steps(config, total_steps)
     if step < warmup:
-        return config.learning_rate * step / warmup
+        return peak * step / warmup
     progress = (step - warmup) / (total_steps - warmup)  # in [0, 1)
     factor = {"cosine": 0.5 * (1 + math.cos(math.pi * progress)), "linear": 1 - progress, "constant": 1.0}
-    return config.learning_rate * factor[config.schedule]
+    return peak * factor[config.schedule]
 
 
 def make_optimizer(config: TrainConfig, tensors: Mapping[str, torch.nn.Parameter]) -> torch.optim.AdamW:
@@ -42,7 +54,7 @@ def make_optimizer(config: TrainConfig, tensors: Mapping[str, torch.nn.Parameter
     device = next(iter(tensors.values())).device.type
     return torch.optim.AdamW(
         list(tensors.values()),
-        lr=config.learning_rate,
+        lr=learning_rate(config, 0, 1),  # set anew before each step
         betas=(config.adam_beta1, config.adam_beta2),
         eps=config.adam_epsilon,
         weight_decay=config.weight_decay,

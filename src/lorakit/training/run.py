@@ -39,11 +39,12 @@ from lorakit.training.config import TrainConfig
 from lorakit.training.events import DataReady, ModelReady, OnEvent, Phase, Resumed
 from lorakit.training.identity import differences, identity_of, machine_changes
 from lorakit.training.loop import Fitted, Plan, fit, restore_tensors
+from lorakit.training.optim import default_learning_rate
 from lorakit.training.verify import weights_checksum
 from lorakit.version import __version__
 
 ADAPTER_NAME = "default"
-EVALUATIONS = 10  # a run, unless eval_steps says otherwise
+EVALUATIONS = 8  # a run, unless eval_steps says otherwise
 SAMPLE_TOKENS = 96
 _CONTENTS = (
     "run.yaml",
@@ -138,6 +139,8 @@ def _train(config: TrainConfig, folder: Path, on_event: OnEvent) -> Run:
 
     on_event(Phase("loading the model"))
     model, _ = load_model(config.model, config.dtype, config.device)
+    if config.learning_rate is None:
+        config = config.replace(learning_rate=default_learning_rate(model.get_input_embeddings().weight.shape[1]))
     adapters = attach(model, config.lora, ADAPTER_NAME, seed=config.seed)
     tensors = adapters.trainable_tensors(ADAPTER_NAME)
     base_before = weights_checksum(model)
@@ -245,7 +248,8 @@ def _as_begun(config: TrainConfig, folder: Path) -> TrainConfig:
         )
     begun = TrainConfig.from_yaml(folder / "run.yaml")
     left_open = {name: getattr(begun, name) for name in ("dtype", "device") if getattr(config, name) == "auto"}
-    left_open |= {name: getattr(begun, name) for name in ("eval_steps", "save_steps") if getattr(config, name) is None}
+    numbers = ("eval_steps", "save_steps", "learning_rate")
+    left_open |= {name: getattr(begun, name) for name in numbers if getattr(config, name) is None}
     return config.replace(**left_open)
 
 

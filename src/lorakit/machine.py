@@ -48,8 +48,8 @@ def training_dtype(device: torch.device) -> torch.dtype:
     """The dtype for the frozen base that is fastest here without losing range.
 
     CUDA: bf16 where the GPU computes in it, else fp16 (a T4: bf16 is emulated there, and slow). CPU: bf16 only if a
-    matrix product in it is
-    measured to be clearly faster than in fp32; without AVX512-BF16 or AMX it is slower. MPS: bf16 if the system has it.
+    matrix product in it is measured to be clearly faster than in fp32; without AVX512-BF16 or AMX it is slower. MPS:
+    bf16 if the system has it.
     """
     if device.type == "cuda":
         native = torch.cuda.get_device_capability(device) >= (8, 0)

@@ -15,8 +15,7 @@ class LoRAConfig(Config):
     """Which layers get an update, of what rank and scale, and how it starts.
 
     The update of a layer with weight W (out, in) is ``s * B @ A`` with A (r, in), B (out, r); ``s = alpha / r`` (LoRA,
-    arXiv 2106.09685)
-    or ``alpha / sqrt(r)`` (rsLoRA, arXiv 2312.03732).
+    arXiv 2106.09685) or ``alpha / sqrt(r)`` (rsLoRA, arXiv 2312.03732).
     """
 
     aliases: ClassVar[Mapping[str, str]] = {

@@ -19,8 +19,7 @@ def of(model: nn.Module, parameters: Sequence[tuple[str, nn.Parameter]]) -> Base
     """The fingerprint of a model's base parameters (name, parameter); reads a few hundred values, not all.
 
     The samples come from matrices spread evenly over the sorted names, at places that follow from each name, so two
-    models
-    with equal names and shapes are compared at equal places.
+    models with equal names and shapes are compared at equal places.
     """
     names = sorted((name, tuple(p.shape)) for name, p in parameters)
     structure = hashlib.sha256(repr(names).encode()).hexdigest()
@@ -51,8 +50,7 @@ def differences(made_on: BaseInfo, here: BaseInfo) -> list[str]:
     """Why `here` is not the base an adapter was made on; empty where it is.
 
     Equal dtypes must give equal samples. Across dtypes (trained in bf16, loaded in fp32) samples may differ by
-    rounding to the
-    narrower one: 2^-8 relative for bf16, 2^-11 for fp16.
+    rounding to the narrower one: 2^-8 relative for bf16, 2^-11 for fp16.
     """
     if not made_on.structure:  # a file of another tool, which tells a name only
         return []

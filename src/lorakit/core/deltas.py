@@ -85,8 +85,7 @@ class Replacement(nn.Module):
     """A whole trained copy of a module (`modules_to_save`): its parameters in fp32, its buffers as they are.
 
     The copy keeps the base's structure and computes in the base's dtype. With weights w_i active it is the module
-    whose parameters are
-    base + sum_i w_i (copy_i - base).
+    whose parameters are base + sum_i w_i (copy_i - base).
     """
 
     def __init__(self, module: nn.Module) -> None:

@@ -1,8 +1,7 @@
 """How A and B start. Each initialiser is a pure function of shapes (or of W) and a seeded generator.
 
 An initialiser returns an `Init`; where it moves part of W into B A, `base_update` is what the caller adds to the base
-weight, through
-the BaseWeight, so that the function of the layer is unchanged. The ones here leave the base as it is.
+weight, through the BaseWeight, so that the function of the layer is unchanged. The ones here leave the base as it is.
 """
 
 from __future__ import annotations

@@ -12,9 +12,8 @@ class _LoRALinear(torch.autograd.Function):
     """y = x W^T + b + s (x A^T) B^T with W and b frozen; A and B may be wider in dtype than x.
 
     Against autograd's own graph: x is saved once and in its own dtype (no fp32 copy), the rank-r products are added in
-    place to the big
-    ones, h = x A^T is recomputed instead of kept. The backward pass is written in differentiable operations on saved
-    inputs.
+    place to the big ones, h = x A^T is recomputed instead of kept. The backward pass is written in differentiable
+    operations on saved inputs.
     """
 
     @staticmethod

@@ -1,8 +1,7 @@
 """The adapted layer, and the one object that says which adapters are active.
 
 Attaching changes a layer's class to a subclass made here and back on detaching: the layer stays the same object, its
-weight stays where it is, and
-whoever asks `isinstance(layer, nn.Linear)` or reads `layer.weight` notices nothing.
+weight stays where it is, and whoever asks `isinstance(layer, nn.Linear)` or reads `layer.weight` notices nothing.
 """
 
 from __future__ import annotations
@@ -21,8 +20,7 @@ class ActiveState:
     """Which adapters a model uses: one per model, shared by all its layers.
 
     Adapters go by slot, a number given when they are added. Activating replaces the tuple; it visits no layer, so its
-    cost depends
-    neither on the number of layers nor on the number of adapters.
+    cost depends neither on the number of layers nor on the number of adapters.
     """
 
     def __init__(self) -> None:

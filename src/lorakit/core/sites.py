@@ -1,6 +1,5 @@
 """How a layer multiplies. A Site knows, for one kind of layer, the shapes of A and B, how an input goes through them,
-and what dense
-weight they make. It knows nothing of scales, dropout or which adapter is active.
+and what dense weight they make. It knows nothing of scales, dropout or which adapter is active.
 """
 
 from __future__ import annotations
@@ -156,8 +155,7 @@ def site_of(layer: nn.Module) -> Site | None:
     """The site of a layer, or None where lorakit cannot tell how it multiplies.
 
     A subclass that overrides `forward` is not its parent: it may scale, gather or quantise, and an update added to its
-    output would be
-    wrong without notice. Only the known ones count.
+    output would be wrong without notice. Only the known ones count.
     """
     adapted = layer.__dict__.get("lorakit_site")  # an adapted layer carries its site; its class has a forward of ours
     if adapted is not None:

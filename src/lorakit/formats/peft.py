@@ -1,10 +1,8 @@
 """PEFT's adapter folder: `adapter_config.json` and `adapter_model.safetensors`.
 
 Tensor names are `base_model.model.<path>.` and then: `lora_A.weight`, `lora_B.weight`; `lora_embedding_A`,
-`lora_embedding_B`; `base_layer.bias` or
-`bias` for trained biases; the module's own names for `modules_to_save`. What this version does not know is refused by
-name: a setting
-that is ignored may be the one that scales the update.
+`lora_embedding_B`; `base_layer.bias` or `bias` for trained biases; the module's own names for `modules_to_save`. What
+this version does not know is refused by name: a setting that is ignored may be the one that scales the update.
 """
 
 from __future__ import annotations

@@ -13,14 +13,14 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from lorakit import models
 from lorakit.adapter.attach import attach
 from lorakit.adapter.value import Adapter
 from lorakit.data.chat import ChatFormat
-from lorakit.data.sources import Row, read_rows
-from lorakit.errors import ConfigError, DataError, FileError, bullet_list, nearest
+from lorakit.data.sources import Row, each_row, read_rows
+from lorakit.errors import ConfigError, DataError, FileError, nearest
 from lorakit.files import parse_json
 from lorakit.generation import generate
 from lorakit.training.objectives import mean_loss
@@ -132,6 +132,8 @@ _ALIASES = {"rouge": "rouge_l"}
 
 
 # ---------------------------------------------------------------- evaluating
+
+_UNMEASURABLE = "{bad} of {all} rows cannot be evaluated"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -295,7 +297,7 @@ def _attached(model: Any, adapter: Adapter) -> Iterator[None]:
 
 def _loss(model: Any, chat_format: ChatFormat, rows: Sequence[Row], micro_batch_tokens: int) -> tuple[float, int, int]:
     """(mean loss, labelled tokens, rows that were cut)."""
-    examples = [example for encoded in _each(rows, chat_format.encode) for example in encoded]
+    examples = [example for encoded in each_row(chat_format.encode, rows, _UNMEASURABLE) for example in encoded]
     cut = len({example.origin for example in examples if example.prompt_cut or example.answer_cut})
     return *mean_loss(model, examples, micro_batch_tokens=micro_batch_tokens), cut
 
@@ -308,7 +310,7 @@ def _answers(
     batch_size: int,
     on_progress: Callable[[int, int], None] | None,
 ) -> tuple[Prediction, ...]:
-    prompts = _each(rows, chat_format.prompt)
+    prompts = each_row(chat_format.prompt, rows, _UNMEASURABLE)
     completions = generate(
         model,
         chat_format.tokenizer,
@@ -327,22 +329,6 @@ def _answers(
         )
         for prompt, completion in zip(prompts, completions, strict=True)
     )
-
-
-_Result = TypeVar("_Result")
-
-
-def _each(rows: Sequence[Row], function: Callable[[Row], _Result]) -> list[_Result]:
-    """`function` of every row, or one error that lists the rows it refused."""
-    results, problems = [], []
-    for row in rows:
-        try:
-            results.append(function(row))
-        except DataError as error:
-            problems.append(str(error))
-    if problems:
-        raise DataError(f"{len(problems)} of {len(rows)} rows cannot be evaluated:\n{bullet_list(problems)}")
-    return results
 
 
 def _names(adapters: Sequence[str | Path | Adapter]) -> list[str]:

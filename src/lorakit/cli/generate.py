@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -10,7 +11,7 @@ import click
 
 from lorakit.cli.common import console, emit, verb
 from lorakit.cli.loading import load_subject, model_options, sampling_options
-from lorakit.errors import ConfigError, DataError, bullet_list
+from lorakit.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from lorakit.data.chat import ChatFormat
@@ -58,6 +59,7 @@ def command(
 
     A row of --file that ends with an answer is asked for that answer anew.
     """
+    from lorakit.data.sources import each_row
     from lorakit.files import JsonLines
     from lorakit.generation import generate
 
@@ -66,7 +68,8 @@ def command(
         raise ConfigError("--system needs a chat template, --raw leaves it out: give one of them")
     subject = load_subject(model, adapter, "none" if raw else chat_template, dtype, device)
     requests = [_from_text(subject.chat_format, text, system) for text in texts]
-    requests += _from_rows(subject.chat_format, rows)
+    from_row = functools.partial(_from_row, subject.chat_format)
+    requests += each_row(from_row, rows, "{bad} of {all} rows cannot be answered")
     completions = generate(
         subject.model,
         subject.chat_format.tokenizer,
@@ -127,19 +130,6 @@ def _from_text(chat_format: ChatFormat, text: str, system: str | None) -> _Reque
         return _Request(chat_format.prompt_ids(text), text)
     messages = [{"role": "system", "content": system}, {"role": "user", "content": text}]
     return _Request(chat_format.prompt_ids(messages), text)
-
-
-def _from_rows(chat_format: ChatFormat, rows: list[Row]) -> list[_Request]:
-    requests, problems = [], []
-    for row in rows:
-        try:
-            requests.append(_from_row(chat_format, row))
-        except DataError as error:
-            text = str(error)
-            problems.append(text if text.startswith(str(row.origin)) else f"{row.origin}: {text}")
-    if problems:
-        raise DataError(f"{len(problems)} of {len(rows)} rows cannot be answered:\n{bullet_list(problems)}")
-    return requests
 
 
 def _from_row(chat_format: ChatFormat, row: Row) -> _Request:

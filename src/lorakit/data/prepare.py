@@ -7,18 +7,18 @@ from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from lorakit.data.chat import ChatFormat, Example
 from lorakit.data.schema import Conversation, Parsed, PlainText, PromptCompletion, parse_row, schema_of
-from lorakit.data.sources import Origin, Row, read_rows
+from lorakit.data.sources import Origin, Row, each_row, read_rows
 from lorakit.data.statistics import Statistics, measure
 from lorakit.errors import DataError, bullet_list
 
-T = TypeVar("T")
+_UNTRAINABLE = "{bad} row(s) cannot be trained on"
 
 MOST_HELD_OUT = 500  # rows: a validation loss is known to a few per cent then, and evaluations stay cheap
 
@@ -82,25 +82,13 @@ def prepare(rows: Sequence[Row] | str | Path, chat_format: ChatFormat) -> Datase
     rows = read_rows(rows) if isinstance(rows, str | Path) else rows
     if not rows:
         raise DataError("no rows")
-    parsed = _each_or_all_reasons(parse_row, rows)
-    examples = _each_or_all_reasons(chat_format.encode, rows)
+    parsed = each_row(parse_row, rows, _UNTRAINABLE)
+    examples = each_row(chat_format.encode, rows, _UNTRAINABLE)
     _refuse_wrong_masks(examples, chat_format)
     schemas = [schema_of(row.fields) for row in rows]
     statistics = measure(rows, parsed, schemas, examples, chat_format)
     _refuse_no_end(statistics)
     return Dataset(tuple(rows), tuple(example for of_row in examples for example in of_row), statistics)
-
-
-def _each_or_all_reasons(function: Callable[[Row], T], rows: Iterable[Row]) -> list[T]:
-    results, problems = [], []
-    for row in rows:
-        try:
-            results.append(function(row))
-        except DataError as error:
-            problems.append(str(error))
-    if problems:
-        raise DataError(f"{len(problems)} row(s) cannot be trained on:\n{bullet_list(problems)}")
-    return results
 
 
 def _refuse_wrong_masks(examples: Iterable[Sequence[Example]], chat_format: ChatFormat) -> None:
@@ -171,7 +159,7 @@ def split(rows: Sequence[Row], share: float, seed: int) -> tuple[list[Row], list
     Raises:
         DataError: bad rows, or rows that are all the same.
     """
-    parsed = _each_or_all_reasons(parse_row, rows)
+    parsed = each_row(parse_row, rows, _UNTRAINABLE)
     if len(rows) == 1 and isinstance(parsed[0], PlainText):
         return _split_document(rows[0], parsed[0].text, share)
     wanted = min(max(round(share * len(rows)), 1), MOST_HELD_OUT, len(rows) - 1)

@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from lorakit.errors import DataError, FileError, MissingDependencyError, bullet_list, nearest
 from lorakit.files import parse_json
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".parquet", ".txt")
+T = TypeVar("T")
+
 _JSON_CELLS = ("messages", "conversations", "tools", "references", "history")  # csv columns that hold JSON text
 
 
@@ -83,6 +85,29 @@ def read_rows(source: str | Path, split: str = "train") -> list[Row]:
 
 
 # ---------------------------------------------------------------- files
+
+
+def each_row(function: Callable[[Row], T], rows: Sequence[Row], complaint: str) -> list[T]:
+    """`function` of every row, or one error that lists the rows it refused, each with file and line.
+
+    Args:
+        function: raises DataError for a row it refuses.
+        rows: all of them.
+        complaint: head of the error, with {bad} and {all} for the counts.
+
+    Raises:
+        DataError: at least one row was refused.
+    """
+    results, problems = [], []
+    for row in rows:
+        try:
+            results.append(function(row))
+        except DataError as error:
+            text = str(error)
+            problems.append(text if text.startswith(str(row.origin)) else f"{row.origin}: {text}")
+    if problems:
+        raise DataError(f"{complaint.format(bad=len(problems), all=len(rows))}:\n{bullet_list(problems)}")
+    return results
 
 
 def _read_bytes(name: str, path: Path) -> bytes:

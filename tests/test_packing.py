@@ -57,7 +57,9 @@ def batch(lengths=(5, 30, 31, 33, 60, 260, 261), every=3) -> Batch:
     ids = torch.randint(3, 97, (sum(lengths),), generator=generator)
     positions = torch.cat([torch.arange(n) for n in lengths])
     predict = torch.arange(0, sum(lengths) - 1, every)
-    return Batch(ids, positions, lengths, predict, ids[predict + 1], tuple(range(len(lengths))))
+    return Batch(
+        ids, positions, lengths, (0,) * len(lengths), predict, ids[predict + 1], tuple(range(len(lengths)))
+    )
 
 
 class Row:
@@ -94,17 +96,24 @@ def test_packed_equals_alone_with_gradients(make, dtype, tolerance):
 def test_a_shared_beginning_changes_nothing_but_rounding(make, dtype, tolerance):
     model = build(make, dtype)
     generator = torch.Generator().manual_seed(0)
-    beginning = torch.randint(3, 97, (11,), generator=generator).tolist()
-    rows = [
-        Row(beginning + torch.randint(3, 97, (n,), generator=generator).tolist(), 13) for n in (3, 9, 9, 12, 40, 300)
-    ]
+
+    def some(n):
+        return torch.randint(3, 97, (n,), generator=generator).tolist()
+
+    system, question = some(11), some(20)
+    answers = [some(n) for n in (4, 9, 9, 9)]
+    rows = [Row(system + some(n), 13) for n in (3, 9, 9, 12, 40, 300)]
+    rows += [Row(system + question + answer, 31) for answer in [*answers, answers[0] + some(5), some(280)]]
+    rows += [Row(system + question + answers[1], 31), Row(some(20), 5)]
     indices = range(len(rows))
-    alone, gradient_alone = logits_and_gradient(model, collate(rows, indices))
     with packed_attention(model):
-        together = collate(rows, indices, share_beginning=True)
-        assert together.shared == 11
-        assert len(together.ids) == 11 + 3 + 9 + 9 + 12 + 40 + 300
+        together = collate(rows, indices, share=True)
+        in_that_order = collate(rows, together.rows)
+        assert together.forks.count(0) == 2  # the first row, and the one that shares nothing
+        assert max(together.forks) == 39  # a row that is there twice keeps its last token
+        assert len(together.ids) == len(in_that_order.ids) - sum(together.forks)
         shared, gradient_shared = logits_and_gradient(model, together)
+    alone, gradient_alone = logits_and_gradient(model, in_that_order)
     assert (shared - alone).abs().max() <= tolerance * alone.abs().max()
     assert (gradient_shared - gradient_alone).norm() <= tolerance * gradient_alone.norm()
 
@@ -136,7 +145,7 @@ def test_a_row_cannot_see_its_neighbours():
     model = build(PACKING["llama"])
     rows = batch((20, 24, 22), every=1)
     changed = Batch(
-        rows.ids.clone(), *(getattr(rows, n) for n in ("positions", "lengths", "predict", "targets", "rows"))
+        rows.ids.clone(), *(getattr(rows, n) for n in ("positions", "lengths", "forks", "predict", "targets", "rows"))
     )
     changed.ids[:20] = 5
     changed.ids[44:] = 6

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
+import platform
 import time
 
 import torch
@@ -80,3 +82,20 @@ def _matmul_speedup(dtype: torch.dtype) -> float:
             seconds.append(time.perf_counter() - start)
         best[candidate] = min(seconds)
     return best[torch.float32] / best[dtype]
+
+
+@functools.cache
+def keep_freed_memory() -> bool:
+    """Have the C library keep freed blocks for the next step instead of giving them back to the system. Process-wide.
+
+    glibc unmaps each big block when it is freed, and touching its pages anew cost a fifth of a training step
+    (docs/log.md: page faults). The process then holds its peak until it ends, which it needs again in the next step.
+
+    Returns:
+        Whether this C library can be told (glibc only; elsewhere nothing is done).
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return False
+    mallopt = ctypes.CDLL(None).mallopt
+    trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of malloc.h
+    return bool(mallopt(mmap_threshold, 2**31 - 1) and mallopt(trim_threshold, -1))

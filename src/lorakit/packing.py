@@ -1,20 +1,21 @@
 """Rows of different length through a causal language model as one sequence: no padding, no leak. Knows no loss.
 
-All rows of a micro-batch are laid end to end as (1, T) tokens with positions that restart at each row; what they all
-begin with (a system prompt, a template's opening) stands once, before them. Everything in a transformer but attention
-works on single tokens, so only attention must know the rows: while `packed_attention` is entered, the model uses the
-attention function below, which lets each row see itself and the shared beginning. A model without exchangeable
-attention, or one that lets rows touch in another way (a state space, a convolution over time), is found by a probe on
-the model itself and then gets its rows one by one: slower, and as right.
+All rows of a micro-batch are laid end to end as (1, T) tokens with positions that restart at each row; what rows have in
+common at their beginning (a system prompt, a template, a question) stands once (`data.batches`). Everything in a
+transformer but attention works on single tokens, so only attention must know the rows: while `packed_attention` is
+entered, the model uses the attention function below, which lets each token see the tokens before it in its own row,
+wherever they lie. A model without exchangeable attention, or one that lets rows touch in another way (a state space, a
+convolution over time), is found by a probe on the model itself and then gets its rows one by one: slower, and as right.
 """
 
 from __future__ import annotations
 
 import contextlib
 import inspect
+import itertools
 import weakref
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -23,129 +24,302 @@ from torch.nn.modules.dropout import _DropoutNd
 from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 
 from lorakit.core.deltas import LoRA
-from lorakit.data.batches import Batch
+from lorakit.data.batches import Batch, row_places
 
 ATTENTION_NAME = "lorakit_packed"
 _LAYOUT = "lorakit_layout"  # keyword under which a _Layout travels through the model's forward() to its attention
-_LONG_ROW = 256  # tokens; from here on the saved (n, n) probabilities outweigh the cost of one fused call a row
+_LONG_ROW = 256 * 256  # scores of a head; from here on keeping them outweighs the cost of one fused call a row
+_SMALL = 64 * 64  # scores of a head that cost no more than another group would
+
+
+@dataclass(frozen=True)
+class _Row:
+    """A row: its own tokens are queries, its whole self are keys.
+
+    Attributes:
+        own: (n,) where its own tokens lie among the T.
+        places: (m,) where all its tokens lie; the last n are its own.
+    """
+
+    own: torch.Tensor
+    places: torch.Tensor
+
+    @property
+    def scores(self) -> int:
+        return len(self.own) * len(self.places)
 
 
 @dataclass(frozen=True)
 class _Group:
-    """k rows of similar length that attend together, padded to n tokens; padding reaches no result.
+    """R short rows that attend together, padded to n queries and m keys; padding reaches no result.
 
     Attributes:
-        gather: (k * n,) index into the group's own tokens; padding points at the first of them.
-        scatter: (own tokens,) index into k * n.
-        blocked: (k, 1, n, p + n) True where query i must not see key j; the first p keys are the shared ones.
-        rows: k.
-        longest: n.
-        own: where the group's tokens lie among the T.
-        causal: whether a single row's mask is plain causality, without shared keys or a window that cuts.
+        queries: (R * H * n,) index into (T * H,) query vectors; padding points anywhere.
+        padding: which of them are padding.
+        keys: (R * H_kv * m,) index into (T * H_kv,) key vectors; padding points anywhere.
+        blocked: (R, 1, n, m) True where a query must not see a key.
+        rows: R.
+        bias: made by `scores`: the same for every layer.
     """
 
-    gather: torch.Tensor
-    scatter: torch.Tensor
+    queries: torch.Tensor
+    padding: torch.Tensor
+    keys: torch.Tensor
     blocked: torch.Tensor
     rows: int
-    longest: int
-    own: slice
-    causal: bool
+    bias: dict[torch.dtype, torch.Tensor] = field(default_factory=dict)
+
+    def scores(self, q: torch.Tensor, k: torch.Tensor, scale: float) -> torch.Tensor:
+        """scale q k^T, blocked ones at the lowest finite number.
+
+        Args:
+            q: (R * H_kv, H / H_kv * n, D): queries that read one key head lie below each other.
+            k: (R * H_kv, m, D).
+            scale: of the product.
+
+        Returns:
+            (R * H_kv, H / H_kv * n, m).
+        """
+        if q.dtype not in self.bias:
+            n, m = self.blocked.shape[2:]
+            heads = q.shape[0] * q.shape[1] // (self.rows * n)
+            bias = torch.zeros(self.rows, heads, n, m, dtype=q.dtype, device=q.device)
+            bias.masked_fill_(self.blocked, torch.finfo(q.dtype).min)
+            self.bias[q.dtype] = bias.view(q.shape[0], q.shape[1], m)
+        return torch.baddbmm(self.bias[q.dtype], q, k.transpose(1, 2), alpha=scale)
+
+
+@dataclass(frozen=True)
+class _ShortRows:
+    """All short rows of a layout, for one device, sliding window and number of heads.
+
+    Attributes:
+        groups: they.
+        back: (tokens * H,) where the result of each own token and head lies among the groups' results, laid end to end;
+            tokens in the order of `own`.
+        own: (tokens,) where the short rows' own tokens lie among the T, rising.
+    """
+
+    groups: tuple[_Group, ...]
+    back: torch.Tensor
+    own: torch.Tensor
+
+    def spread(self, x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+        """Own tokens (tokens, H, D) at their places among all, (T, H, D) as `like`; zero where long rows lie."""
+        if len(x) == len(like):
+            return x.contiguous()
+        return torch.zeros_like(like, memory_format=torch.contiguous_format).index_copy_(0, self.own, x)
 
 
 class _Layout:
     """How the rows of a micro-batch lie in the packed sequence. Handed down to every attention layer."""
 
-    def __init__(self, shared: int, lengths: tuple[int, ...]) -> None:
-        self.shared = shared
-        self.lengths = lengths
-        self._groups: dict[tuple[torch.device, int | None], list[_Group]] = {}
+    def __init__(self, lengths: Sequence[int], forks: Sequence[int]) -> None:
+        places = row_places(lengths, forks)
+        rows = [_Row(place[fork:], place) for place, fork in zip(places, forks, strict=True)]
+        self.long = [row for row in rows if row.scores >= _LONG_ROW]
+        self._short = [row for row in rows if row.scores < _LONG_ROW]
+        self._made: dict[tuple[torch.device, int | None, int, int], _ShortRows] = {}
 
-    def groups(self, device: torch.device, window: int | None) -> list[_Group]:
-        """The rows after the shared beginning, for a device and a sliding window (None: full). Made once."""
-        key = (device, window)
-        if key not in self._groups:
-            self._groups[key] = list(_make_groups(self.shared, self.lengths, device, window))
-        return self._groups[key]
-
-    def shared_group(self, device: torch.device, window: int | None) -> _Group:
-        """The shared beginning as a row of its own, which sees only itself."""
-        return next(_make_groups(0, (self.shared,), device, window))
+    def short(self, device: torch.device, window: int | None, heads: int, kv_heads: int) -> _ShortRows | None:
+        """The short rows in groups (None: there are none). Made once for each device, window and number of heads."""
+        if not self._short:
+            return None
+        key = (device, window, heads, kv_heads)
+        if key not in self._made:
+            self._made[key] = _make_groups(self._short, *key)
+        return self._made[key]
 
 
-def _make_groups(shared: int, lengths: tuple[int, ...], device: torch.device, window: int | None) -> Iterator[_Group]:
-    """Neighbouring rows of similar length: padding costs little here, and each group a dozen calls. Long rows stand
-    alone.
-    """
-    first, start = 0, shared
-    while first < len(lengths):
-        last = first + 1
-        low = high = lengths[first]
-        while last < len(lengths) and high < _LONG_ROW:
-            low, high = min(low, lengths[last]), max(high, lengths[last])
-            if high > low + max(low // 2, 16):
-                break
-            last += 1
-        rows = lengths[first:last]
-        longest, count = max(rows), last - first
-        offset = torch.arange(longest)  # (n,)
-        begin = torch.tensor([sum(rows[:i]) for i in range(count)])[:, None]  # (k, 1)
-        real = offset < torch.tensor(rows)[:, None]  # (k, n)
-        gather = torch.where(real, begin + offset, 0).flatten()
-        distance = offset[:, None] - torch.arange(-shared, longest)[None, :]  # (n, p + n) query - key
-        keys = torch.nn.functional.pad(real, (shared, 0), value=True)  # (k, p + n)
-        blocked = (distance < 0) | ~keys[:, None, None, :]  # (k, 1, n, p + n)
+def _similar(rows: Sequence[_Row]) -> Iterator[list[_Row]]:
+    """Rows of similar size together, so that padding costs less than another group would."""
+    group: list[_Row] = []
+    work = longest_own = 0
+    for row in sorted(rows, key=lambda row: len(row.places)):
+        longest_own = max(longest_own, len(row.own))
+        padded = (len(group) + 1) * longest_own * len(row.places)
+        if group and padded > 1.5 * (work + row.scores) + _SMALL:
+            yield group
+            group, work, longest_own = [], 0, len(row.own)
+        group.append(row)
+        work += row.scores
+    yield group
+
+
+def _make_groups(
+    rows: Sequence[_Row], device: torch.device, window: int | None, heads: int, kv_heads: int
+) -> _ShortRows:
+    groups, backs, owns = [], [], []
+    results = 0  # of the groups so far
+    for members in _similar(rows):
+        count, n, m = len(members), max(len(r.own) for r in members), max(len(r.places) for r in members)
+        queries, keys = torch.zeros(count, n, dtype=torch.long), torch.zeros(count, m, dtype=torch.long)
+        depth = torch.full((count, n), -1)  # of each query in its row; padding: -1
+        for i, row in enumerate(members):
+            queries[i, : len(row.own)], keys[i, : len(row.places)] = row.own, row.places
+            depth[i, : len(row.own)] = torch.arange(len(row.places) - len(row.own), len(row.places))
+        distance = depth[:, :, None] - torch.arange(m)  # (R, n, m) query - key; causality hides the padded keys too
+        blocked = distance < 0
         if window is not None:
-            blocked = blocked | (distance >= window)
-        # A padded query may see itself, so that its softmax stays finite. Nothing reads its result.
-        blocked = blocked & (distance != 0)
-        causal = shared == 0 and (window is None or longest <= window)
-        scatter = real.flatten().nonzero().flatten()
-        own = slice(start, start + sum(rows))
-        yield _Group(gather.to(device), scatter.to(device), blocked.to(device), count, longest, own, causal)
-        first, start = last, own.stop
+            blocked |= distance >= window
+        blocked[:, :, 0] &= depth >= 0  # padding sees one key, so that its softmax is finite
+        real = (depth >= 0)[:, None, :].expand(-1, heads, -1)  # (R, H, n)
+        by_head = queries[:, None, :] * heads + torch.arange(heads)[:, None]  # (R, H, n)
+        key_by_head = keys[:, None, :] * kv_heads + torch.arange(kv_heads)[:, None]  # (R, H_kv, m)
+        padding = (~real).flatten().nonzero().flatten()
+        groups.append(
+            _Group(
+                by_head.flatten().to(device),
+                padding.to(device),
+                key_by_head.flatten().to(device),
+                blocked[:, None].to(device),
+                count,
+            )
+        )
+        owns.append(by_head[real])
+        backs.append(results + real.flatten().nonzero().flatten())
+        results += by_head.numel()
+    own = torch.cat(owns)  # (tokens * H,) of query vectors, in the groups' order
+    order = own.argsort()
+    return _ShortRows(
+        groups=tuple(groups),
+        back=torch.cat(backs)[order].to(device),
+        own=(own[order][::heads] // heads).to(device),
+    )
 
 
-class _Pad(torch.autograd.Function):
-    """(tokens, H, D) -> (k * n, H, D) by a gather; its gradient is a gather too, since every token has one place."""
+class _AttendShort(torch.autograd.Function):
+    """Attention of short rows by plain batched products, which beat the fused calls on many short rows.
+
+    Against autograd's own graph of the same: nothing padded is kept but the probabilities, scale and mask cost no pass
+    of their own, and gradients come back by gathers. `_attend_short_reference` is what it must equal.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, gather: torch.Tensor, scatter: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(scatter)
-        return x.index_select(0, gather)
+    def forward(
+        ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rows: _ShortRows, scale: float
+    ) -> torch.Tensor:
+        results, kept = [], []
+        for group in rows.groups:
+            group_q, group_k, group_v = _AttendShort._gathered(q, k, v, group)
+            probabilities = torch.softmax(group.scores(group_q, group_k, scale), dim=-1)
+            results.append(torch.bmm(probabilities, group_v).view(-1, q.shape[-1]))
+            kept.append(probabilities)
+        ctx.save_for_backward(q, k, v, *kept)
+        ctx.rows, ctx.scale = rows, scale
+        return _cat(results).index_select(0, rows.back).view(-1, *q.shape[1:])
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        (scatter,) = ctx.saved_tensors
-        return grad_outputs[0].index_select(0, scatter), None, None
-
-
-class _Unpad(torch.autograd.Function):
-    """(k * n, H, D) -> (tokens, H, D); the gradient of padding is zero."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, scatter: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(scatter)
-        ctx.padded = x.shape[0]
-        return x.index_select(0, scatter)
+    def _gathered(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, group: _Group) -> tuple[torch.Tensor, ...]:
+        """q as (R * H_kv, queries that read one key head, D), k and v as (R * H_kv, m, D)."""
+        batch, dim = group.rows * k.shape[1], q.shape[-1]
+        return (
+            q.reshape(-1, dim).index_select(0, group.queries).view(batch, -1, dim),
+            k.reshape(-1, dim).index_select(0, group.keys).view(batch, -1, dim),
+            v.reshape(-1, dim).index_select(0, group.keys).view(batch, -1, dim),
+        )
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor, None]:
-        (scatter,) = ctx.saved_tensors
-        (grad,) = grad_outputs
-        return grad.new_zeros(ctx.padded, *grad.shape[1:]).index_copy_(0, scatter, grad), None
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        q, k, v, *kept = ctx.saved_tensors
+        rows, scale, dim = ctx.rows, ctx.scale, ctx.saved_tensors[0].shape[-1]
+        grad = rows.spread(grad_outputs[0], q).view(-1, dim)
+        grads_q, grads_k, grads_v = [], [], []
+        for group, probabilities in zip(rows.groups, kept, strict=True):
+            group_q, group_k, group_v = _AttendShort._gathered(q, k, v, group)
+            g = grad.index_select(0, group.queries).index_fill_(0, group.padding, 0).view_as(group_q)
+            grads_v.append(torch.bmm(probabilities.transpose(1, 2), g).view(-1, dim))
+            g = torch.bmm(g, group_v.transpose(1, 2))  # of the probabilities
+            g = torch._softmax_backward_data(g, probabilities, -1, g.dtype).mul_(scale)  # of the scores
+            grads_q.append(torch.bmm(g, group_k).view(-1, dim))
+            grads_k.append(torch.bmm(g.transpose(1, 2), group_q).view(-1, dim))
+        grad_q = rows.spread(_cat(grads_q).index_select(0, rows.back).view(-1, *q.shape[1:]), q)
+        keys = _cat([group.keys for group in rows.groups])
+        return grad_q, _summed(grads_k, keys, k), _summed(grads_v, keys, v), None, None
 
 
-def _attend_fused(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, group: _Group, scale: float, dropout: float
+def _cat(pieces: list[torch.Tensor]) -> torch.Tensor:
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+
+def _summed(gradients: list[torch.Tensor], index: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """Gradient of a gather: for each vector of `like` (T, H, D), the sum of those of the places that read it, in fp32.
+
+    The kernel is the one behind the gradient of an embedding: unlike index_add_, it is fast on CPUs and gives the same
+    bits each time on GPUs.
+    """
+    wide = _cat(gradients).float() if like.dtype != torch.float64 else _cat(gradients)
+    total = torch.ops.aten.embedding_dense_backward(wide, index, like.shape[0] * like.shape[1], -1, False)
+    return total.to(like.dtype).view_as(like)
+
+
+def _attend_short_reference(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    rows: _ShortRows,
+    scale: float,
+    dropout: float = 0.0,
+    softcap: float | None = None,
 ) -> torch.Tensor:
-    """One row by torch's fused attention. q (n, H, D), k and v (p + n, H_kv, D) -> (n, H, D)."""
+    """The same by autograd, and with what only some models have.
+
+    Args:
+        q: (T, H, D).
+        k: (T, H_kv, D).
+        v: as `k`.
+        rows: the short rows.
+        scale: of the scores.
+        dropout: on the probabilities.
+        softcap: scores become softcap * tanh(scores / softcap), or None.
+
+    Returns:
+        (tokens, H, D) for the short rows' own tokens.
+    """
+    results = []
+    for group in rows.groups:
+        group_q, group_k, group_v = _AttendShort._gathered(q, k, v, group)
+        scores = torch.bmm(group_q * scale, group_k.transpose(1, 2))
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        by_row = scores.view(group.rows, -1, *group.blocked.shape[2:])
+        by_row = by_row.masked_fill(group.blocked, torch.finfo(scores.dtype).min)
+        probabilities = torch.softmax(by_row, dim=-1).view_as(scores)  # torch sums the softmax of bf16 in fp32
+        if dropout > 0:
+            probabilities = F.dropout(probabilities, dropout)
+        results.append(torch.bmm(probabilities, group_v).view(-1, q.shape[-1]))
+    return _cat(results).index_select(0, rows.back).view(-1, *q.shape[1:])
+
+
+def _attend_long(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    row: _Row,
+    scale: float,
+    dropout: float,
+    softcap: float | None,
+    window: int | None,
+) -> torch.Tensor:
+    """One row by torch's fused attention (which knows no softcap). q (T, H, D), k and v (T, H_kv, D) -> (n, H, D)."""
+    if softcap is not None:
+        single = _make_groups([row], q.device, window, q.shape[1], k.shape[1])
+        return _attend_short_reference(q, k, v, single, scale, dropout, softcap)
+    n, m = len(row.own), len(row.places)
+    causal = n == m and (window is None or m <= window)
+    visible = None
+    if not causal:
+        distance = torch.arange(m - n, m, device=q.device)[:, None] - torch.arange(m, device=q.device)  # (n, m)
+        visible = distance >= 0
+        if window is not None:
+            visible &= distance < window
     out = F.scaled_dot_product_attention(
-        q.transpose(0, 1)[None],
-        k.transpose(0, 1)[None],
-        v.transpose(0, 1)[None],
-        attn_mask=None if group.causal else ~group.blocked,
-        is_causal=group.causal,
+        _take(q, row.own).transpose(0, 1)[None],
+        _take(k, row.places).transpose(0, 1)[None],
+        _take(v, row.places).transpose(0, 1)[None],
+        attn_mask=visible,
+        is_causal=causal,
         scale=scale,
         dropout_p=dropout,
         enable_gqa=q.shape[1] != k.shape[1],
@@ -153,57 +327,10 @@ def _attend_fused(
     return out[0].transpose(0, 1)
 
 
-def _attend_padded(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    shared: tuple[torch.Tensor, torch.Tensor] | None,
-    group: _Group,
-    scale: float,
-    dropout: float,
-    softcap: float | None,
-) -> torch.Tensor:
-    """Rows of a group by plain batched products, which beat the fused call on many short rows.
-
-    Args:
-        q: (tokens, H, D).
-        k: (tokens, H_kv, D).
-        v: as `k`.
-        shared: keys and values (p, H_kv, D) that every row sees before its own; their gradient is the sum over rows.
-        group: the rows.
-        scale: of the scores.
-        dropout: on the probabilities.
-        softcap: scores become softcap * tanh(scores / softcap), or None.
-
-    Returns:
-        (tokens, H, D).
-    """
-    rows, n, heads, kv_heads = group.rows, group.longest, q.shape[1], k.shape[1]
-    query_heads = heads // kv_heads  # that read one key head; laid below each other, so that no key is copied for them
-
-    def pad(x: torch.Tensor) -> torch.Tensor:  # (tokens, heads, D) -> (rows, n, heads, D)
-        padded: torch.Tensor = _Pad.apply(x, group.gather, group.scatter)  # type: ignore[no-untyped-call]
-        return padded.view(rows, n, *x.shape[1:])
-
-    q = pad(q).view(rows, n, kv_heads, query_heads, -1)
-    q = q.permute(0, 2, 3, 1, 4).reshape(rows * kv_heads, query_heads * n, -1)
-    k, v = pad(k), pad(v)
-    if shared is not None:
-        k, v = (torch.cat([s.expand(rows, *s.shape), x], dim=1) for s, x in zip(shared, (k, v), strict=True))
-    keys = k.shape[1]  # p + n
-    k = k.permute(0, 2, 3, 1).reshape(rows * kv_heads, -1, keys)
-    v = v.transpose(1, 2).reshape(rows * kv_heads, keys, -1)
-    scores = torch.bmm(q * scale, k)  # (rows * H_kv, query_heads * n, p + n)
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    scores = scores.view(rows, heads, n, keys).masked_fill(group.blocked, torch.finfo(scores.dtype).min)
-    probabilities = torch.softmax(scores, dim=-1)  # torch accumulates the softmax of bf16 in fp32
-    if dropout > 0:
-        probabilities = F.dropout(probabilities, dropout)
-    out = torch.bmm(probabilities.view(rows * kv_heads, query_heads * n, keys), v)
-    out = out.view(rows, kv_heads, query_heads, n, -1).permute(0, 3, 1, 2, 4)
-    packed: torch.Tensor = _Unpad.apply(out.reshape(rows * n, heads, -1), group.scatter)  # type: ignore[no-untyped-call]
-    return packed
+def _take(x: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """x[places] for rising places that are mostly neighbours, by slices, whose gradient costs no sum over indices."""
+    ends = [0, *((places[1:] - places[:-1]) != 1).nonzero().flatten().add(1).tolist(), len(places)]
+    return _cat([x[int(places[a]) : int(places[b - 1]) + 1] for a, b in itertools.pairwise(ends)])
 
 
 def _packed_attention_forward(
@@ -223,23 +350,24 @@ def _packed_attention_forward(
     if unknown or attention_mask is not None or query.shape[0] != 1:
         raise NotImplementedError(f"packed attention knows no {', '.join(unknown) or 'mask'}")
     layout: _Layout = kwargs[_LAYOUT]
-    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, H, D), (T, H_kv, D) twice
+    q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))  # (T, H, D), (T, H_kv, D) twice
     scale = q.shape[-1] ** -0.5 if scaling is None else scaling
-
-    def attend(group: _Group, shared: tuple[torch.Tensor, torch.Tensor] | None) -> torch.Tensor:
-        own_q, own_k, own_v = q[group.own], k[group.own], v[group.own]
-        if group.rows > 1 or softcap is not None:
-            return _attend_padded(own_q, own_k, own_v, shared, group, scale, dropout, softcap)
-        if shared is not None:
-            own_k, own_v = torch.cat([shared[0], own_k]), torch.cat([shared[1], own_v])
-        return _attend_fused(own_q, own_k, own_v, group, scale, dropout)
-
-    pieces, shared = [], None
-    if layout.shared:
-        pieces.append(attend(layout.shared_group(q.device, sliding_window), None))
-        shared = (k[: layout.shared], v[: layout.shared])
-    pieces += [attend(group, shared) for group in layout.groups(q.device, sliding_window)]
-    return torch.cat(pieces)[None], None
+    short = layout.short(q.device, sliding_window, q.shape[1], k.shape[1])
+    pieces, places = [], []
+    if short is not None:
+        if softcap is None and dropout == 0 and q.shape[-1] == v.shape[-1]:
+            pieces.append(_AttendShort.apply(q, k, v, short, scale))  # type: ignore[no-untyped-call]
+        else:
+            pieces.append(_attend_short_reference(q, k, v, short, scale, dropout, softcap))
+        places.append(short.own)
+    for row in layout.long:
+        pieces.append(_attend_long(q, k, v, row, scale, dropout, softcap, sliding_window))
+        places.append(row.own.to(q.device))
+    if len(pieces) == 1:  # then its tokens are all, in their order
+        return pieces[0][None], None
+    order = torch.empty(q.shape[0], dtype=torch.long, device=q.device)
+    order[torch.cat(places)] = torch.arange(q.shape[0], device=q.device)
+    return torch.cat(pieces).index_select(0, order)[None], None
 
 
 AttentionInterface.register(ATTENTION_NAME, _packed_attention_forward)
@@ -280,9 +408,9 @@ def packed_logits(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
         batch: rows laid end to end; `batch.predict` (L,) are the positions whose logits are wanted.
     """
     if _config_attention(model) == ATTENTION_NAME:
-        layout = {_LAYOUT: _Layout(batch.shared, batch.lengths)}
+        layout = {_LAYOUT: _Layout(batch.lengths, batch.forks)}
         return _logits(model, batch.ids, batch.positions, batch.predict, layout)
-    assert batch.shared == 0, "only a model that packs can share the beginning of its rows"
+    assert not any(batch.forks), "only a model that packs can share the beginning of its rows"
     pieces, start = [], 0
     for length in batch.lengths:
         inside = (batch.predict >= start) & (batch.predict < start + length)
@@ -294,7 +422,7 @@ def packed_logits(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
 
 
 def has_dropout(model: torch.nn.Module) -> bool:
-    """Whether the model draws anything in train mode; a shared beginning would then have one draw for all its rows."""
+    """Whether the model draws anything in train mode; shared tokens would then have one draw for all their rows."""
     layers = any(
         module.p > 0 if isinstance(module, _DropoutNd) else isinstance(module, LoRA) and module.dropout > 0
         for module in model.modules()
@@ -312,7 +440,7 @@ def _logits(
         extra = {**extra, "logits_to_keep": predict}
         predict = torch.arange(len(predict), device=predict.device)
     output = model(input_ids=ids[None], position_ids=positions[None], use_cache=False, **extra)
-    logits: torch.Tensor = output.logits[0]
+    logits: torch.Tensor = output.logits.squeeze(0)
     return logits if "logits_to_keep" in extra else logits[predict]
 
 
@@ -348,20 +476,21 @@ def _probe(model: Any) -> bool:
     beginning, one, other, changed = ids[:3], ids[3:6], ids[6:12], ids[12:15]
     at = torch.arange(9, device=device)
 
-    def run(*rows: torch.Tensor, shared: int = 0) -> torch.Tensor:
-        """Logits of whole rows laid end to end; of rows behind `beginning`, if they share it."""
-        positions = torch.cat([at[:shared], *(at[shared : shared + len(row)] for row in rows)])
-        tokens = torch.cat([beginning[:shared], *rows])
-        layout = _Layout(shared, tuple(len(row) for row in rows)) if len(rows) > 1 else None
+    def run(*rows: torch.Tensor, forks: tuple[int, ...] = (0, 0)) -> torch.Tensor:
+        """Logits of rows laid end to end, without what a row shares with the one before it."""
+        own = list(zip(rows, forks, strict=False))
+        tokens = torch.cat([row[fork:] for row, fork in own])
+        positions = torch.cat([at[fork : len(row)] for row, fork in own])
+        layout = {_LAYOUT: _Layout([len(row) for row in rows], forks)} if len(rows) > 1 else {}
         every = torch.arange(len(tokens), device=device)
-        return _logits(model, tokens, positions, every, {_LAYOUT: layout} if layout else {}).float()
+        return _logits(model, tokens, positions, every, layout).float()
 
     rows = torch.cat([beginning, one]), torch.cat([beginning, other])
     try:
         alone = torch.cat([run(row) for row in rows])
         with _exchanged_attention(model):
             packed, moved = run(*rows), run(torch.cat([beginning, changed]), rows[1])
-            shared = run(one, other, shared=3)
+            shared = run(*rows, forks=(0, len(beginning)))
     except (NotImplementedError, TypeError, KeyError, ValueError, IndexError):
         return False
     finally:

@@ -19,6 +19,7 @@ def test_value_and_gradient(rows, dtype, tolerance, monkeypatch):
         logits = values.clone().requires_grad_()
         loss = function(logits, targets)
         (loss / max(rows, 1)).backward()
+        assert torch.equal(logits.detach(), values)  # the caller's logits are not workspace
         results.append((loss.detach(), logits.grad))
     (loss, gradient), (expected, expected_gradient) = results
     assert loss.dtype == torch.float32
@@ -29,6 +30,13 @@ def test_value_and_gradient(rows, dtype, tolerance, monkeypatch):
 
 def test_no_gradient_is_kept_when_none_is_wanted():
     assert not cross_entropy_sum(torch.randn(4, 9), torch.tensor([1, 2, 3, 4])).requires_grad
+
+
+def test_the_gradient_is_there_once():
+    loss = cross_entropy_sum(torch.randn(4, 9, requires_grad=True), torch.tensor([1, 2, 3, 4]))
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="compute the loss again"):
+        loss.backward()
 
 
 class Row:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -18,31 +19,34 @@ LEAST_SHARED = 8  # tokens; a shorter common beginning saves less than setting i
 
 @dataclass(frozen=True)
 class Batch:
-    """A micro-batch: rows end to end in one sequence of T tokens, L of which are targets. All tensors int64.
+    """A micro-batch: rows end to end in one sequence of T tokens, with L targets. All tensors int64.
 
-    What all rows begin with may stand once, before them; each row is then what follows it.
+    Rows that begin alike may form a tree: what a row has in common with the row before it stands once, there, and the
+    row brings only the rest, its own tokens.
     """
 
     ids: torch.Tensor
-    """(T,) token ids."""
+    """(T,) token ids: the own tokens of each row, row after row."""
 
     positions: torch.Tensor
-    """(T,) places in the whole row: 0, 1, 2, ...; what follows a shared beginning goes on from its length."""
+    """(T,) places in the whole row: 0, 1, 2, ...; own tokens behind a fork go on from it."""
 
     lengths: tuple[int, ...]
-    """Tokens of each row behind the shared beginning; with that they sum to T."""
+    """Tokens of each whole row."""
+
+    forks: tuple[int, ...]
+    """How many first tokens of each row are those of the row before it and stand there; 0: none. At least one token of
+    each row is its own, so T = sum(lengths) - sum(forks).
+    """
 
     predict: torch.Tensor
-    """(L,) rising places in [0, T) whose logits predict a target."""
+    """(L,) places in [0, T) whose logits predict a target; a place may predict for several rows."""
 
     targets: torch.Tensor
-    """(L,) `ids[predict + 1]`: the trained tokens."""
+    """(L,) the trained tokens, row after row."""
 
     rows: tuple[int, ...]
     """Index of each row among the examples."""
-
-    shared: int = 0
-    """Tokens at the front that every row begins with."""
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch with its tensors on `device`."""
@@ -51,7 +55,22 @@ class Batch:
         return replace(self, ids=ids, positions=positions, predict=predict, targets=targets)
 
 
-def collate(examples: Sequence[Example], indices: Sequence[int], *, share_beginning: bool = False) -> Batch:
+def row_places(lengths: Sequence[int], forks: Sequence[int]) -> list[torch.Tensor]:
+    """Where the tokens of each whole row lie in the packed sequence: (length,) int64 for each row.
+
+    >>> row_places((3, 4), (0, 2))
+    [tensor([0, 1, 2]), tensor([0, 1, 3, 4])]
+    """
+    places: list[torch.Tensor] = []
+    start = 0
+    for length, fork in zip(lengths, forks, strict=True):
+        own = torch.arange(start, start + length - fork)
+        places.append(torch.cat([places[-1][:fork], own]) if fork else own)
+        start += length - fork
+    return places
+
+
+def collate(examples: Sequence[Example], indices: Sequence[int], *, share: bool = False) -> Batch:
     """Lay the examples at `indices` end to end.
 
     The first token of a row is never a target: nothing in its row predicts it, and the row before must not.
@@ -59,28 +78,36 @@ def collate(examples: Sequence[Example], indices: Sequence[int], *, share_beginn
     Args:
         examples: all of them.
         indices: which, in the order in which they lie.
-        share_beginning: let what all rows begin with (a system prompt, a template's opening) stand once. Exact: causal
-            attention makes its activations the same in every row, and its gradient is the sum over rows.
+        share: let what rows begin with in common (a system prompt, a template, a whole question) stand once; the rows
+            are laid in lexical order for it. Exact: causal attention makes a token's activations a function of the
+            tokens before it, and their gradient is the sum over the rows that have them.
     """
+    assert all(examples[i].ids and not examples[i].trained[0] for i in indices), "a row is empty or trains its start"
+    if share:
+        indices = sorted(indices, key=lambda i: (examples[i].ids, i))
     chosen = [examples[i] for i in indices]
-    assert all(example.ids and not example.trained[0] for example in chosen), "a row is empty or trains its first token"
-    shared = _shared_beginning(chosen) if share_beginning and len(chosen) > 1 else 0
-    ids = torch.tensor(chosen[0].ids[:shared] + [token for example in chosen for token in example.ids[shared:]])
-    untrained = [False] * shared
-    trained = torch.tensor(untrained + [flag for example in chosen for flag in example.trained[shared:]])
-    lengths = tuple(len(example.ids) - shared for example in chosen)
-    positions = torch.cat([torch.arange(shared), *(torch.arange(shared, shared + length) for length in lengths)])
-    target_places = trained.nonzero().flatten()
-    return Batch(ids, positions, lengths, target_places - 1, ids[target_places], tuple(indices), shared)
+    forks = [0] * len(chosen)
+    if share:
+        forks[1:] = [_fork(before.ids, row.ids) for before, row in itertools.pairwise(chosen)]
+    lengths = tuple(len(row.ids) for row in chosen)
+    places = row_places(lengths, forks)
+    flags = [torch.tensor(row.trained) for row in chosen]
+    return Batch(
+        ids=torch.tensor([token for row, fork in zip(chosen, forks, strict=True) for token in row.ids[fork:]]),
+        positions=torch.cat([torch.arange(fork, n) for fork, n in zip(forks, lengths, strict=True)]),
+        lengths=lengths,
+        forks=tuple(forks),
+        predict=torch.cat([place[:-1][flag[1:]] for place, flag in zip(places, flags, strict=True)]),
+        targets=torch.cat([torch.tensor(row.ids)[flag] for row, flag in zip(chosen, flags, strict=True)]),
+        rows=tuple(indices),
+    )
 
 
-def _shared_beginning(examples: Sequence[Example]) -> int:
-    """How many first tokens all examples have in common, so that every target and its predictor stay behind them."""
-    low, high = min(e.ids for e in examples), max(e.ids for e in examples)  # in lexical order the ends differ most
-    common = next((i for i, (a, b) in enumerate(zip(low, high, strict=False)) if a != b), min(len(low), len(high)))
-    first_target = min(e.trained.index(True) for e in examples)
-    shared = min(common, first_target - 1)
-    return shared if shared >= LEAST_SHARED else 0
+def _fork(before: Sequence[int], row: Sequence[int]) -> int:
+    """How many first tokens a row takes from the one before it; at least one stays its own."""
+    longest = min(len(before), len(row) - 1)
+    common = next((i for i in range(longest) if before[i] != row[i]), longest)
+    return common if common >= LEAST_SHARED else 0
 
 
 def epoch_order(count: int, seed: int, epoch: int) -> list[int]:

@@ -226,7 +226,7 @@ def accumulate(
         with packed_attention(model) as packs:
             share = packs and not has_dropout(model)
             for number, indices in enumerate(micro_batches):
-                batch = collate(examples, indices, share_beginning=share).to(device)
+                batch = collate(examples, indices, share=share).to(device)
                 with seeded(device, seed, step, number):
                     loss_sum = cross_entropy_sum(packed_logits(model, batch), batch.targets)
                     torch.autograd.backward(scaler.scale(loss_sum / labelled))

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from lorakit.data.batches import collate, plan_evaluation
 from lorakit.data.chat import Example
@@ -29,22 +30,29 @@ class _CrossEntropySum(torch.autograd.Function):
         total = logits.new_zeros((), dtype=torch.float32)
         step = max(1, _CHUNK_ELEMENTS // vocabulary)
         for start in range(0, rows, step):
-            z = logits[start : start + step].float()  # (l, V)
+            chunk = logits[start : start + step]
+            z = chunk.float()  # (l, V)
             target = targets[start : start + step, None]  # (l, 1)
             log_partition = torch.logsumexp(z, dim=-1, keepdim=True)
             total += (log_partition - z.gather(1, target)).sum()
             if gradient is not None:
-                softmax = z.sub_(log_partition).exp_()
+                own = gradient[start : start + step]
+                workspace = own if z is chunk and z.dtype == own.dtype else torch.empty_like(z)
+                softmax = torch.sub(z, log_partition, out=workspace).exp_()
                 softmax.scatter_add_(1, target, softmax.new_full((1, 1), -1.0).expand_as(target))
-                gradient[start : start + step] = softmax
+                if softmax is not own:
+                    own.copy_(softmax)
         if gradient is not None:
-            ctx.save_for_backward(gradient)
+            ctx.gradient = gradient
         return total
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor, None]:
-        (gradient,) = ctx.saved_tensors
-        return gradient * grad_outputs[0].to(gradient.dtype), None
+        gradient, ctx.gradient = ctx.gradient, None  # scaled in place, so it is there once
+        if gradient is None:
+            raise RuntimeError("cross_entropy_sum: its gradient can be taken once; compute the loss again")
+        return gradient.mul_(grad_outputs[0]), None
 
 
 def cross_entropy_sum(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -87,7 +95,7 @@ def mean_loss(
     try:
         with packed_attention(model) as packs:
             for indices in plan_evaluation([len(e.ids) for e in examples], micro_batch_tokens=micro_batch_tokens):
-                batch = collate(examples, indices, share_beginning=packs).to(device)
+                batch = collate(examples, indices, share=packs).to(device)
                 total += float(cross_entropy_sum(packed_logits(model, batch), batch.targets))
                 tokens += len(batch.targets)
     finally:

@@ -138,6 +138,7 @@ def _train(config: TrainConfig, folder: Path, on_event: OnEvent) -> Run:
     config = _resolved(config, device, total_steps)
 
     on_event(Phase("loading the model"))
+    machine.keep_freed_memory()
     model, _ = load_model(config.model, config.dtype, config.device)
     if config.learning_rate is None:
         config = config.replace(learning_rate=default_learning_rate(model.get_input_embeddings().weight.shape[1]))

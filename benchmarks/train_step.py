@@ -50,18 +50,21 @@ def padded_loss(model, examples, indices):
 
 def run(side: str, steps: int, rows: int) -> dict[str, object]:
     """One side: one step to warm up, then `steps` timed ones."""
+    import contextlib
+
     import torch
 
     import lorakit
-    from lorakit import LoRAConfig, TrainConfig
+    from lorakit import LoRAConfig, TrainConfig, machine
     from lorakit.models import load_model, stop_ids
-    from lorakit.training.loop import accumulate
+    from lorakit.training.loop import accumulate, ready
     from lorakit.training.optim import make_optimizer, make_scaler
 
     model, tokenizer = load_model("smollm2")
     examples, plan = batches(tokenizer, stop_ids(model, tokenizer), steps + 1, rows)
     config = TrainConfig(model="smollm2", data="-", output="-", learning_rate=1e-3)
     if side == "lorakit":
+        machine.keep_freed_memory()  # as `train` does
         handle = lorakit.attach(model, LoRAConfig(r=8))
         tensors = handle.trainable_tensors()
     else:
@@ -70,24 +73,25 @@ def run(side: str, steps: int, rows: int) -> dict[str, object]:
         model = peft.get_peft_model(model, peft.LoraConfig(r=8, lora_alpha=32, target_modules="all-linear"))
         tensors = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = make_optimizer(config, tensors)
-    scaler = make_scaler(torch.bfloat16, torch.device("cpu"))
+    scaler = make_scaler(model.dtype, torch.device("cpu"))
     losses, tokens, seconds = [], 0, 0.0
-    for number, micro_batches in enumerate(plan):
-        start = time.perf_counter()
-        if side == "lorakit":
-            losses.append(accumulate(model, examples, micro_batches, scaler, 0, number))
-        else:
-            model.train()
-            (indices,) = micro_batches
-            loss = padded_loss(model, examples, indices)
-            loss.backward()
-            losses.append(float(loss.detach()))
-        torch.nn.utils.clip_grad_norm_(tensors.values(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        if number > 0:
-            seconds += time.perf_counter() - start
-            tokens += sum(len(examples[i].ids) for indices in micro_batches for i in indices)
+    with ready(model) if side == "lorakit" else contextlib.nullcontext() as share:
+        for number, micro_batches in enumerate(plan):
+            start = time.perf_counter()
+            if side == "lorakit":
+                losses.append(accumulate(model, examples, micro_batches, scaler, 0, number, share=share))
+            else:
+                model.train()
+                (indices,) = micro_batches
+                loss = padded_loss(model, examples, indices)
+                loss.backward()
+                losses.append(float(loss.detach()))
+            torch.nn.utils.clip_grad_norm_(tensors.values(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            if number > 0:
+                seconds += time.perf_counter() - start
+                tokens += sum(len(examples[i].ids) for indices in micro_batches for i in indices)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
     return {"tokens_per_second": round(tokens / seconds, 1), "peak_gb": round(peak, 2), "losses": losses}
 

@@ -20,7 +20,7 @@ from transformers import (
 )
 
 import lorakit
-from lorakit import LoRAConfig
+from lorakit import LoRAConfig, packing
 from lorakit.data.batches import Batch, collate
 from lorakit.packing import has_dropout, packed_attention, packed_logits
 
@@ -57,9 +57,7 @@ def batch(lengths=(5, 30, 31, 33, 60, 260, 261), every=3) -> Batch:
     ids = torch.randint(3, 97, (sum(lengths),), generator=generator)
     positions = torch.cat([torch.arange(n) for n in lengths])
     predict = torch.arange(0, sum(lengths) - 1, every)
-    return Batch(
-        ids, positions, lengths, (0,) * len(lengths), predict, ids[predict + 1], tuple(range(len(lengths)))
-    )
+    return Batch(ids, positions, lengths, (0,) * len(lengths), predict, ids[predict + 1], tuple(range(len(lengths))))
 
 
 class Row:
@@ -116,6 +114,29 @@ def test_a_shared_beginning_changes_nothing_but_rounding(make, dtype, tolerance)
     alone, gradient_alone = logits_and_gradient(model, in_that_order)
     assert (shared - alone).abs().max() <= tolerance * alone.abs().max()
     assert (gradient_shared - gradient_alone).norm() <= tolerance * gradient_alone.norm()
+
+
+@pytest.mark.parametrize("window", [None, 5], ids=["full", "window"])
+def test_the_fast_attention_of_short_rows_is_the_plain_one(window):
+    heads, kv_heads, dim = 4, 2, 3
+    layout = packing._Layout(lengths=(4, 20, 6, 7), forks=(0, 0, 5, 4))
+    rows = layout.short(torch.device("cpu"), window, heads, kv_heads)
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(28, h, dim, dtype=torch.float64, requires_grad=True) for h in (heads, kv_heads, kv_heads))
+
+    def fast(q, k, v):
+        return packing._AttendShort.apply(q, k, v, rows, 0.6)
+
+    torch.testing.assert_close(fast(q, k, v), packing._attend_short_reference(q, k, v, rows, 0.6))
+    assert torch.autograd.gradcheck(fast, (q, k, v))
+
+
+def test_rows_of_unlike_size_do_not_attend_together():
+    layout = packing._Layout(lengths=(10, 250, 12, 240), forks=(0,) * 4)
+    rows = layout.short(torch.device("cpu"), None, 1, 1)
+    assert [group.rows for group in rows.groups] == [2, 2]
+    assert not layout.long
+    assert [len(row.own) for row in packing._Layout((300, 20), (0, 0)).long] == [300]
 
 
 def test_dropout_is_seen_wherever_it_is():

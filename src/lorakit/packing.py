@@ -1,7 +1,7 @@
 """Rows of different length through a causal language model as one sequence: no padding, no leak. Knows no loss.
 
-All rows of a micro-batch are laid end to end as (1, T) tokens with positions that restart at each row; what rows have in
-common at their beginning (a system prompt, a template, a question) stands once (`data.batches`). Everything in a
+All rows of a micro-batch are laid end to end as (1, T) tokens with positions that restart at each row; what rows have
+in common at their beginning (a system prompt, a template, a question) stands once (`data.batches`). Everything in a
 transformer but attention works on single tokens, so only attention must know the rows: while `packed_attention` is
 entered, the model uses the attention function below, which lets each token see the tokens before it in its own row,
 wherever they lie. A model without exchangeable attention, or one that lets rows touch in another way (a state space, a
@@ -250,7 +250,7 @@ def _summed(gradients: list[torch.Tensor], index: torch.Tensor, like: torch.Tens
     bits each time on GPUs.
     """
     wide = _cat(gradients).float() if like.dtype != torch.float64 else _cat(gradients)
-    total = torch.ops.aten.embedding_dense_backward(wide, index, like.shape[0] * like.shape[1], -1, False)
+    total: torch.Tensor = torch.ops.aten.embedding_dense_backward(wide, index, like.shape[0] * like.shape[1], -1, False)
     return total.to(like.dtype).view_as(like)
 
 

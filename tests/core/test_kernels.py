@@ -1,9 +1,18 @@
-"""The fast adapted linear layer equals the plain one, forwards and backwards."""
+"""Each fast kernel equals the plain form beside it, forwards and backwards."""
 
 import pytest
 import torch
 
-from lorakit.core.kernels import lora_linear, lora_linear_reference
+from lorakit.core.kernels import (
+    lora_linear,
+    lora_linear_reference,
+    rms_norm,
+    rms_norm_reference,
+    rotary,
+    rotary_reference,
+    swiglu,
+    swiglu_reference,
+)
 
 
 def operands(dtype=torch.float64, factors=None, bias=True):
@@ -55,3 +64,52 @@ def test_an_input_without_gradient_costs_none():
     lora_linear(x, W, b, A, B, 1.0).sum().backward()
     assert x.grad is None
     assert A.grad is not None
+
+
+def tensor(*shape, dtype, seed, grad=True):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype).requires_grad_(grad)
+
+
+PAIRS = {
+    "rms_norm": (
+        rms_norm,
+        rms_norm_reference,
+        lambda dtype: (tensor(2, 5, 8, dtype=dtype, seed=0), tensor(8, dtype=dtype, seed=1, grad=False), 1e-2),
+    ),
+    "swiglu": (
+        swiglu,
+        swiglu_reference,
+        lambda dtype: (tensor(2, 5, 8, dtype=dtype, seed=0), tensor(2, 5, 8, dtype=dtype, seed=1)),
+    ),
+    "rotary": (
+        rotary,
+        rotary_reference,
+        lambda dtype: (
+            tensor(5, 3, 8, dtype=dtype, seed=0).transpose(0, 1),  # as a model hands it over: heads before tokens
+            tensor(5, 8, dtype=dtype, seed=1, grad=False),
+            tensor(5, 8, dtype=dtype, seed=2, grad=False),
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize(("fast", "reference", "make"), PAIRS.values(), ids=PAIRS)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)], ids=["fp32", "bf16"])
+def test_fast_kernels_equal_their_references(fast, reference, make, dtype, tolerance):
+    results = []
+    for function in (fast, reference):
+        inputs = make(dtype)
+        leaves = [x for x in inputs if isinstance(x, torch.Tensor) and x.requires_grad]
+        y = function(*inputs)
+        weights = torch.linspace(-1, 1, y.numel()).view(y.shape)
+        results.append([y.detach(), *torch.autograd.grad((y.float() * weights).sum(), leaves)])
+    for one, other in zip(*results, strict=True):
+        assert one.dtype == other.dtype == dtype
+        assert (one.double() - other.double()).norm() <= tolerance * other.double().norm()
+
+
+@pytest.mark.parametrize(
+    ("fast", "make"), [(f, m) for n, (f, _, m) in PAIRS.items() if n != "rms_norm"], ids=["swiglu", "rotary"]
+)  # rms_norm is fp32 inside whatever comes in
+def test_fast_kernels_have_the_derivatives_they_should(fast, make):
+    assert torch.autograd.gradcheck(fast, make(torch.float64))

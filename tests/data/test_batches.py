@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorakit.data.batches import Batch, collate, epoch_order, plan_evaluation, plan_steps
+from lorakit.data.batches import Batch, collate, epoch_order, plan_evaluation, plan_steps, row_places
 from lorakit.data.chat import Example
 from lorakit.data.sources import Origin
 
@@ -45,6 +45,44 @@ def test_each_trained_token_is_a_target_of_the_token_before_it_in_its_row(rows):
         start += len(row.ids)
     assert list(zip(batch.predict.tolist(), batch.targets.tolist(), strict=True)) == expected
     assert sum(batch.lengths) == len(batch.ids) == start
+
+
+@st.composite
+def related_examples(draw):
+    """Rows that continue one another's beginnings, some of them equal."""
+    rows = []
+    for _ in range(draw(st.integers(1, 8))):
+        before = draw(st.sampled_from(rows)).ids if rows and draw(st.booleans()) else [1] * draw(st.integers(0, 12))
+        kept = before[: draw(st.integers(0, len(before)))]
+        ids = kept + draw(st.lists(st.integers(0, 2), min_size=0 if kept else 1, max_size=6))
+        flags = draw(st.lists(st.booleans(), min_size=len(ids) - 1, max_size=len(ids) - 1))
+        rows.append(example(ids, [False, *flags]))
+    return rows
+
+
+@given(related_examples())
+def test_what_rows_share_stands_once_and_every_target_has_the_tokens_before_it(rows):
+    batch = collate(rows, range(len(rows)), share=True)
+    assert sorted(batch.rows) == list(range(len(rows)))
+    assert len(batch.ids) == len(batch.positions) == sum(batch.lengths) - sum(batch.forks)
+    predict, targets = batch.predict.tolist(), batch.targets.tolist()
+    for index, place, fork in zip(batch.rows, row_places(batch.lengths, batch.forks), batch.forks, strict=True):
+        row = rows[index]
+        assert fork == 0 or 8 <= fork < len(row.ids)
+        assert batch.ids[place].tolist() == row.ids
+        assert batch.positions[place].tolist() == list(range(len(row.ids)))
+        for i, trained in enumerate(row.trained):
+            if trained:
+                assert (predict.pop(0), targets.pop(0)) == (place[i - 1], row.ids[i])
+    assert not predict
+    assert not targets
+
+
+def test_a_beginning_that_saves_little_is_not_set_apart():
+    rows = [example([*range(7), 50], [0] * 7 + [1]), example([*range(7), 60], [0] * 7 + [1])]
+    assert collate(rows, [0, 1], share=True).forks == (0, 0)
+    rows = [example([*range(8), 50], [0] * 8 + [1]), example([*range(8), 60], [0] * 8 + [1])]
+    assert collate(rows, [1, 0], share=True).forks == (0, 8)
 
 
 def test_a_row_that_trains_its_first_token_is_a_bug():

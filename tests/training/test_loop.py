@@ -18,6 +18,7 @@ from lorakit.training.loop import (
     accumulate,
     check_gradient,
     keep_metrics,
+    ready,
     restore_tensors,
     seeded,
 )
@@ -81,7 +82,9 @@ def test_a_step_is_the_mean_over_its_tokens_however_divided(adapted):
     scaler = make_scaler(torch.float32, CPU)
 
     def run(micro_batches):
-        loss = accumulate(model, rows, micro_batches, scaler, 0, 0)
+        with ready(model) as share:
+            assert share
+            loss = accumulate(model, rows, micro_batches, scaler, 0, 0, share=share)
         return loss, gradients(tensors)
 
     whole_loss, whole = run([list(range(9))])
@@ -89,7 +92,7 @@ def test_a_step_is_the_mean_over_its_tokens_however_divided(adapted):
         loss, parts = run(micro_batches)
         assert loss == pytest.approx(whole_loss, rel=1e-6)
         for name in tensors:
-            torch.testing.assert_close(parts[name], whole[name], rtol=1e-4, atol=1e-6)
+            torch.testing.assert_close(parts[name], whole[name], rtol=1e-4, atol=5e-6)
 
     model.train()
     sums, count = 0.0, 0
@@ -102,7 +105,7 @@ def test_a_step_is_the_mean_over_its_tokens_however_divided(adapted):
     plain.backward()
     assert whole_loss == pytest.approx(plain.item(), rel=1e-6)
     for name, gradient in gradients(tensors).items():
-        torch.testing.assert_close(whole[name], gradient, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(whole[name], gradient, rtol=1e-4, atol=5e-6)
 
 
 def test_dropout_differs_by_step_and_micro_batch_and_repeats():

@@ -1,4 +1,7 @@
-"""The fast adapted linear layer and the plain one it must equal."""
+"""Fast forms of what a training step does most, each one autograd node, beside the plain form it must equal.
+
+First derivatives only, and none for what is frozen: nothing that trains here needs more.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ class _LoRALinear(torch.autograd.Function):
     """y = x W^T + b + s (x A^T) B^T with W and b frozen; A and B may be wider in dtype than x.
 
     Against autograd's own graph: x is saved once and in its own dtype (no fp32 copy), and the rank-r products are added
-    in place to the big ones. Only first derivatives: nothing that trains here needs more.
+    in place to the big ones.
     """
 
     @staticmethod
@@ -66,3 +69,115 @@ def lora_linear_reference(
 ) -> torch.Tensor:
     """What `lora_linear` computes, by autograd."""
     return F.linear(x, W, b) + F.linear(F.linear(x, A.to(x.dtype)), B.to(x.dtype)) * s
+
+
+class _RMSNorm(torch.autograd.Function):
+    """y = w * (x / rms(x)), in fp32 inside. Keeps x and one number a row where autograd keeps four tensors like x."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, w: torch.Tensor, eps: float) -> torch.Tensor:
+        wide = x.float()  # (..., d)
+        mean_square = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1])
+        inverse = mean_square.add_(eps).rsqrt_()  # (..., 1)
+        ctx.save_for_backward(x, w, inverse)
+        y: torch.Tensor = (wide * inverse).to(x.dtype).mul_(w)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, w, inverse = ctx.saved_tensors
+        wide = x.float()
+        g = (grad_outputs[0] * w).float()  # of x / rms(x)
+        along = torch.linalg.vecdot(g, wide).unsqueeze(-1)  # (..., 1)
+        along.mul_(inverse.pow(3)).div_(x.shape[-1])
+        return g.mul_(inverse).addcmul_(wide, along, value=-1).to(x.dtype), None, None
+
+
+def rms_norm(x: torch.Tensor, w: torch.Tensor, eps: float) -> torch.Tensor:
+    """RMS normalisation (arXiv 1910.07467) with a frozen weight, rounded as transformers' Llama does it.
+
+    Args:
+        x: (..., d).
+        w: (d,), of x's dtype.
+        eps: added to the mean square.
+    """
+    y: torch.Tensor = _RMSNorm.apply(x, w, eps)  # type: ignore[no-untyped-call]
+    return y
+
+
+def rms_norm_reference(x: torch.Tensor, w: torch.Tensor, eps: float) -> torch.Tensor:
+    """What `rms_norm` computes, by autograd."""
+    wide = x.float()
+    return w * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
+
+
+class _SwiGLU(torch.autograd.Function):
+    """silu(gate) * up. Keeps its two inputs; silu(gate) is computed again."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        gate, up = ctx.saved_tensors
+        g = grad_outputs[0]
+        return torch.ops.aten.silu_backward(g * up, gate), F.silu(gate).mul_(g)
+
+
+def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """silu(gate) * up (arXiv 2002.05202), for tensors of one shape and dtype."""
+    y: torch.Tensor = _SwiGLU.apply(gate, up)  # type: ignore[no-untyped-call]
+    return y
+
+
+def swiglu_reference(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """What `swiglu` computes, by autograd."""
+    return F.silu(gate) * up
+
+
+def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, back: bool) -> torch.Tensor:
+    half = x.shape[-1] // 2
+    y = x * cos
+    first, second = sin[..., :half], sin[..., half:]
+    if back:  # the transposed matrix
+        first, second = -second, -first
+    y[..., :half].addcmul_(x[..., half:], first, value=-1)
+    y[..., half:].addcmul_(x[..., :half], second)
+    return y
+
+
+class _Rotary(torch.autograd.Function):
+    """Keeps only cos and sin; autograd's form of the same makes and cuts the rotated halves anew."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _rotate(x, cos, sin, back=False)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        cos, sin = ctx.saved_tensors
+        return _rotate(grad_outputs[0], cos, sin, back=True), None, None
+
+
+def rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotary position embedding (arXiv 2104.09864) in the half-split form: x cos + (-x_2, x_1) sin.
+
+    Args:
+        x: (..., T, D), D even.
+        cos: broadcastable to x.
+        sin: as `cos`.
+    """
+    y: torch.Tensor = _Rotary.apply(x, cos, sin)  # type: ignore[no-untyped-call]
+    return y
+
+
+def rotary_reference(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """What `rotary` computes, by autograd."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-second, first), dim=-1) * sin

@@ -22,6 +22,7 @@ from lorakit.data.batches import collate, plan_steps
 from lorakit.data.chat import Example
 from lorakit.errors import NonFiniteLossError, RunError, bullet_list
 from lorakit.files import JsonLines
+from lorakit.fusion import fused
 from lorakit.machine import resolve_dtype
 from lorakit.packing import has_dropout, packed_attention, packed_logits
 from lorakit.training.checkpoint import Checkpoint, Cursor, save_checkpoint
@@ -153,7 +154,7 @@ def fit(
         on_event(Checkpointed(cursor.step, path))
 
     steps = plan.steps(cursor.step)
-    with stop_request() as stop:
+    with stop_request() as stop, ready(model) as share:
         while True:
             at_end = cursor.step == plan.total_steps
             evaluation_due = cursor.step % config.eval_steps == 0 or at_end
@@ -178,7 +179,7 @@ def fit(
             start = time.perf_counter()
             micro_batches = next(steps)
             rate = learning_rate(config, cursor.step, plan.total_steps)
-            loss = accumulate(model, train, micro_batches, scaler, config.seed, cursor.step)
+            loss = accumulate(model, train, micro_batches, scaler, config.seed, cursor.step, share=share)
             scaler.unscale_(optimizer)
             norm = clip_gradients(tensors, config.clip)
             check_gradient(norm, cursor, scaler, train, micro_batches)
@@ -204,6 +205,18 @@ def fit(
 _ADVICE = "Lower --learning-rate, or use --dtype fp32; the checkpoints before this step are sound."
 
 
+@contextmanager
+def ready(model: torch.nn.Module) -> Iterator[bool]:
+    """While entered, `model` runs its steps the fast way: packed rows, fast kernels.
+
+    Yields:
+        Whether rows may share what they begin with: the model packs, and draws nothing that each row should have of its
+        own.
+    """
+    with fused(model), packed_attention(model) as packs:
+        yield packs and not has_dropout(model)
+
+
 def accumulate(
     model: torch.nn.Module,
     examples: Sequence[Example],
@@ -211,8 +224,19 @@ def accumulate(
     scaler: torch.amp.GradScaler,
     seed: int,
     step: int,
+    *,
+    share: bool = False,
 ) -> float:
     """Forward and backward of a step by micro-batches, for the sum of token losses / labelled tokens of the step.
+
+    Args:
+        model: inside `ready(model)`; elsewhere it gets its rows one by one.
+        examples: all of them.
+        micro_batches: which of them, in which groups.
+        scaler: of the loss.
+        seed: of the run; with `step` and the micro-batch's number it determines dropout.
+        step: of the run.
+        share: compute once what rows begin with in common; only for a model that packs and draws nothing.
 
     Returns:
         The step's mean loss per labelled token.
@@ -223,14 +247,12 @@ def accumulate(
     was_training = model.training
     model.train()
     try:
-        with packed_attention(model) as packs:
-            share = packs and not has_dropout(model)
-            for number, indices in enumerate(micro_batches):
-                batch = collate(examples, indices, share=share).to(device)
-                with seeded(device, seed, step, number):
-                    loss_sum = cross_entropy_sum(packed_logits(model, batch), batch.targets)
-                    torch.autograd.backward(scaler.scale(loss_sum / labelled))
-                sums.append(loss_sum.detach())
+        for number, indices in enumerate(micro_batches):
+            batch = collate(examples, indices, share=share).to(device)
+            with seeded(device, seed, step, number):
+                loss_sum = cross_entropy_sum(packed_logits(model, batch), batch.targets)
+                torch.autograd.backward(scaler.scale(loss_sum / labelled))
+            sums.append(loss_sum.detach())
     finally:
         model.train(was_training)
     losses = torch.stack(sums).tolist()  # the only wait for the device in a step

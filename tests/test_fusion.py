@@ -1,0 +1,103 @@
+"""What runs fast computes what the model's own code computes; what differs in one operation is left alone."""
+
+import pytest
+import torch
+from torch import nn
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+import lorakit
+from lorakit import LoRAConfig
+from lorakit.fusion import fused
+
+SMALL = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 97,
+    "head_dim": 8,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+MODELS = {  # and how many of its modules run fast: norms, SwiGLU blocks, attentions with rotary
+    "llama": (lambda: LlamaForCausalLM(LlamaConfig(**SMALL)), 5 + 2 + 2),
+    "qwen3: norms of q and k too": (lambda: Qwen3ForCausalLM(Qwen3Config(**SMALL)), 9 + 2 + 2),
+    "mixtral: experts are no SwiGLU block": (
+        lambda: MixtralForCausalLM(MixtralConfig(**SMALL, experts_implementation="eager")),
+        5 + 0 + 2,
+    ),
+    "gemma2: its norm adds one, its block is GeGLU": (lambda: Gemma2ForCausalLM(Gemma2Config(**SMALL)), 0 + 0 + 2),
+    "llama with GELU": (lambda: LlamaForCausalLM(LlamaConfig(**SMALL, hidden_act="gelu")), 5 + 0 + 2),
+}
+
+
+def loss_and_gradient(model, handle):
+    ids = torch.arange(3, 40)[None]
+    model.zero_grad()
+    loss = model(input_ids=ids, labels=ids).loss
+    loss.backward()
+    return torch.cat([loss.detach().view(1), *(p.grad.flatten() for p in handle.trainable_parameters())]).double()
+
+
+@pytest.mark.parametrize(("make", "count"), MODELS.values(), ids=MODELS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_fast_is_as_near_to_the_exact_result_as_the_models_own_code(make, count, dtype):
+    torch.manual_seed(0)
+    model = make().to(dtype)
+    handle = lorakit.attach(model, LoRAConfig(r=4))
+    for parameter in handle.trainable_parameters():
+        nn.init.normal_(parameter, std=0.1)
+    plain = loss_and_gradient(model, handle)
+    with fused(model) as modules:
+        fast = loss_and_gradient(model, handle)
+    assert modules == count
+    model.double()  # Llama's norm still rounds to fp32 inside
+    exact = loss_and_gradient(model, handle)
+    assert (fast - exact).norm() <= 1.2 * (plain - exact).norm() + 1e-6 * exact.norm()
+
+
+def test_the_models_own_code_is_back_whatever_is_raised():
+    model = MODELS["llama"][0]()
+    before = {name: dict(vars(module)) for name, module in model.named_modules()}
+    with pytest.raises(ZeroDivisionError), fused(model):
+        raise ZeroDivisionError
+    assert {name: dict(vars(module)) for name, module in model.named_modules()} == before
+
+
+class SlightlyOther(nn.Module):
+    """As LlamaRMSNorm but for a constant."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(4), requires_grad=False)
+        self.variance_epsilon = 1e-6
+
+    def forward(self, hidden_states):
+        input_dtype = hidden_states.dtype
+        hidden_states = hidden_states.to(torch.float32)
+        variance = hidden_states.pow(3).mean(-1, keepdim=True)
+        hidden_states = hidden_states * torch.rsqrt(variance + self.variance_epsilon)
+        return self.weight * hidden_states.to(input_dtype)
+
+
+def test_other_code_other_hooks_and_what_is_trained_are_left_alone():
+    trained, frozen, taken = LlamaRMSNorm(4), LlamaRMSNorm(4), LlamaRMSNorm(4)
+    frozen.requires_grad_(False)
+    taken.requires_grad_(False)
+    taken.forward = lambda x: x
+    with fused(nn.ModuleList([SlightlyOther(), trained, taken])) as modules:
+        assert modules == 0
+    with fused(nn.ModuleList([frozen])) as modules:
+        assert modules == 1

@@ -110,7 +110,7 @@ def test_twenty_steps_equal_peft(settings, tmp_path, accumulation):
 
 
 @pytest.mark.real_model
-def test_real_model_equals_peft(smollm2, settings, tmp_path):
+def test_real_model_equals_peft_for_twenty_steps(smollm2, settings, tmp_path):
     """SmolLM2-135M in fp32; few short rows, so that it is quick."""
     data = write_rows(tmp_path / "train.jsonl", rows(6))
     valid = write_rows(tmp_path / "valid.jsonl", rows(2, start=1000))
@@ -123,12 +123,14 @@ def test_real_model_equals_peft(smollm2, settings, tmp_path):
             "lora": {"r": 8, "alpha": 16.0, "dropout": 0.0},
         },
         tmp_path / "run",
-        max_steps=3,
+        max_steps=20,
         batch_size=2,
         learning_rate=1e-3,
-        eval_steps=3,
-        save_steps=3,
+        eval_steps=20,
+        save_steps=20,
         samples=0,
     )
     ours, theirs = our_losses(config, tmp_path / "run"), peft_losses(config)
-    assert ours == pytest.approx(theirs, rel=2e-4)
+    assert len(ours) == len(theirs) == 20
+    assert theirs[-1] < theirs[0] / 2
+    assert ours == pytest.approx(theirs, rel=1e-3)

@@ -20,8 +20,9 @@ from lorakit.models import load_model, stop_ids
 from lorakit.report import write_report
 from lorakit.training.config import TrainConfig
 from lorakit.training.events import DataReady, Evaluated, ModelReady, Resumed, StepDone
+from lorakit.training.loop import Plan
 from lorakit.training.objectives import mean_loss
-from lorakit.training.run import train
+from lorakit.training.run import _evaluations, train
 from lorakit.training.verify import weights_checksum
 from tiny_runs import adapter_bytes, assert_same_run, configured, metrics, rows, write_rows
 
@@ -138,7 +139,15 @@ def test_length_of_a_run(settings, tmp_path, changes, steps):
     )
     assert run.total_steps == steps
     resolved = TrainConfig.from_yaml(tmp_path / "run" / "run.yaml")
-    assert resolved.eval_steps == resolved.save_steps == math.ceil(steps / 8)
+    assert resolved.save_steps == math.ceil(steps / 8)
+    assert math.ceil(steps / 8) <= resolved.eval_steps <= math.ceil(steps / 2)
+
+
+@pytest.mark.parametrize(("valid_tokens", "evaluations"), [(1, 8), (2_500, 8), (4_000, 5), (10_000, 2), (10**9, 2)])
+def test_evaluations_take_a_tenth_of_the_time_at_most_but_there_are_two(valid_tokens, evaluations):
+    plan = Plan(lengths=(100,) * 1000, seed=0, rows_per_step=10, micro_batch_tokens=1000, total_steps=100)
+    assert plan.tokens == 100_000
+    assert _evaluations(plan, valid_tokens) == evaluations
 
 
 def test_early_stop_counts_evaluations_without_better(settings, tmp_path):

@@ -111,10 +111,11 @@ class TrainConfig(Config):
     """
 
     eval_steps: int | None = None
-    """Steps between evaluations; None: eight times a run."""
+    """Steps between evaluations; None: eight times a run, less often (at least twice) where that would take more than a
+    tenth of its time."""
 
     save_steps: int | None = None
-    """Steps between checkpoints; None: at every evaluation."""
+    """Steps between checkpoints; None: as `eval_steps` where that is given, else eight times a run."""
 
     keep_checkpoints: int = 2
     """Newest checkpoints kept (at least 2, so that a damaged one has an elder)."""

@@ -63,6 +63,11 @@ class Plan:
         lengths = tuple(len(example.ids) for example in examples)
         return cls(lengths, config.seed, rows_per_step, config.micro_batch_tokens, total)
 
+    @property
+    def tokens(self) -> float:
+        """Tokens of the whole run, if every step were full."""
+        return self.total_steps * min(1.0, self.rows_per_step / len(self.lengths)) * sum(self.lengths)
+
     def steps(self, first: int) -> Iterator[list[list[int]]]:
         """Steps `first`, `first + 1`, ...: each a list of micro-batches, each a list of example indices."""
         epoch, skip = divmod(first, math.ceil(len(self.lengths) / self.rows_per_step))

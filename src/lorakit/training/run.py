@@ -44,8 +44,9 @@ from lorakit.training.verify import weights_checksum
 from lorakit.version import __version__
 
 ADAPTER_NAME = "default"
-EVALUATIONS = 8  # a run, unless eval_steps says otherwise
-SAMPLE_TOKENS = 96
+EVALUATIONS = 8  # a run, unless eval_steps says otherwise or they would take more than their share of its time
+EVALUATION_SHARE = 0.1
+SAMPLE_TOKENS = 64
 _CONTENTS = (
     "run.yaml",
     "metrics.jsonl",
@@ -134,8 +135,8 @@ def _train(config: TrainConfig, folder: Path, on_event: OnEvent) -> Run:
     data = read_data(config.data, config.validation, config.validation_share, config.seed, chat)
     train_examples, valid_examples = data.train.examples, data.valid.examples
     on_event(DataReady(len(data.train.rows), len(data.valid.rows), data.lines()))
-    total_steps = Plan.of(config, train_examples).total_steps
-    config = _resolved(config, device, total_steps)
+    plan = Plan.of(config, train_examples)
+    config = _resolved(config, device, plan, sum(len(example.ids) for example in valid_examples))
 
     on_event(Phase("loading the model"))
     machine.keep_freed_memory()
@@ -183,7 +184,7 @@ def _train(config: TrainConfig, folder: Path, on_event: OnEvent) -> Run:
         _save_adapter(adapters, chat.tokenizer, folder / "last")
         _put_best_in_place(fitted, adapters, folder / "best")
         samples.take("after", on_event)
-    result = _result(folder, fitted, adapters, config, total_steps)
+    result = _result(folder, fitted, adapters, config, plan.total_steps)
     write_json(folder / "result.json", result.to_dict())
     write_report(folder)
     return result
@@ -208,16 +209,25 @@ def _located(config: TrainConfig) -> TrainConfig:
     )
 
 
-def _resolved(config: TrainConfig, device: torch.device, total_steps: int) -> TrainConfig:
+def _resolved(config: TrainConfig, device: torch.device, plan: Plan, valid_tokens: int) -> TrainConfig:
     """Every "auto" and None that stands for a number, replaced by what it comes to here."""
     dtype = machine.resolve_dtype(config.dtype, device)
-    eval_steps = config.eval_steps or math.ceil(total_steps / EVALUATIONS)
     return config.replace(
         device=str(device),
         dtype=next(name for name, known in machine.DTYPES.items() if known == dtype),
-        eval_steps=eval_steps,
-        save_steps=config.save_steps or eval_steps,
+        eval_steps=config.eval_steps or math.ceil(plan.total_steps / _evaluations(plan, valid_tokens)),
+        save_steps=config.save_steps or config.eval_steps or math.ceil(plan.total_steps / EVALUATIONS),
     )
+
+
+def _evaluations(plan: Plan, valid_tokens: int) -> int:
+    """How often a run evaluates: eight times, less often where that would take long, at least twice.
+
+    A token costs half as much in evaluation as in training: the forward pass, where the backward pass through frozen
+    weights costs the same once more.
+    """
+    affordable = EVALUATION_SHARE * plan.tokens / (valid_tokens / 2)
+    return max(2, min(EVALUATIONS, int(affordable)))
 
 
 def _refuse_used(folder: Path) -> None:

@@ -75,7 +75,7 @@ def run(side: str, steps: int, rows: int) -> dict[str, object]:
     optimizer = make_optimizer(config, tensors)
     scaler = make_scaler(model.dtype, torch.device("cpu"))
     losses, tokens, seconds = [], 0, 0.0
-    with ready(model) if side == "lorakit" else contextlib.nullcontext() as share:
+    with ready(model, max(len(e.ids) for e in examples)) if side == "lorakit" else contextlib.nullcontext() as share:
         for number, micro_batches in enumerate(plan):
             start = time.perf_counter()
             if side == "lorakit":

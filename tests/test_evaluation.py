@@ -132,6 +132,15 @@ def test_loss_is_that_of_plain_forward_passes_for_base_and_adapter(base, adapter
     assert tuned.adapter == adapter
 
 
+def test_the_base_is_the_base_whatever_is_active(base, adapter, data):
+    loaded = models.load_model(base, dtype="fp32", device="cpu")
+    (plain,) = evaluate(model=loaded, data=data)
+    handle = lorakit.attach(loaded[0], adapter)
+    (still_plain,) = evaluate(model=loaded, data=data)
+    assert still_plain.scores == plain.scores
+    assert handle.active == {"default": 1.0}
+
+
 def test_subjects_are_the_base_without_adapters_and_the_adapters_with_them(base, adapter, data):
     def subjects(**settings):
         return [r.adapter for r in evaluate(data=data, dtype="fp32", device="cpu", limit=1, **settings)]

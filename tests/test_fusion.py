@@ -13,11 +13,11 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
 )
-from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb, rotate_half
 
 import lorakit
 from lorakit import LoRAConfig
-from lorakit.fusion import fused
+from lorakit.fusion import _same_code, fused
 
 SMALL = {
     "hidden_size": 32,
@@ -92,12 +92,40 @@ class SlightlyOther(nn.Module):
         return self.weight * hidden_states.to(input_dtype)
 
 
-def test_other_code_other_hooks_and_what_is_trained_are_left_alone():
-    trained, frozen, taken = LlamaRMSNorm(4), LlamaRMSNorm(4), LlamaRMSNorm(4)
-    frozen.requires_grad_(False)
-    taken.requires_grad_(False)
+def test_other_code_and_other_hooks_are_left_alone():
+    taken = LlamaRMSNorm(4)
     taken.forward = lambda x: x
-    with fused(nn.ModuleList([SlightlyOther(), trained, taken])) as modules:
+    with fused(nn.ModuleList([SlightlyOther(), taken])) as modules:
         assert modules == 0
-    with fused(nn.ModuleList([frozen])) as modules:
+    assert "forward" in vars(taken)
+
+
+def test_a_norm_that_is_trained_has_its_gradient():
+    norm = LlamaRMSNorm(4)
+    with fused(norm) as modules:
         assert modules == 1
+        norm(torch.randn(2, 4)).sum().backward()
+    assert norm.weight.grad is not None
+
+
+def with_defaults(q, k, cos, sin, unsqueeze_dim=2):  # as Llama's but for the default
+    cos = cos.unsqueeze(unsqueeze_dim)
+    sin = sin.unsqueeze(unsqueeze_dim)
+    q_embed = (q * cos) + (rotate_half(q) * sin)
+    k_embed = (k * cos) + (rotate_half(k) * sin)
+    return q_embed, k_embed
+
+
+def test_functions_are_equal_only_in_every_part():
+    def named_otherwise(query, k, cos, sin, unsqueeze_dim=1):
+        cos = cos.unsqueeze(unsqueeze_dim)
+        sin = sin.unsqueeze(unsqueeze_dim)
+        q_embed = (query * cos) + (rotate_half(query) * sin)
+        k_embed = (k * cos) + (rotate_half(k) * sin)
+        return q_embed, k_embed
+
+    assert _same_code(apply_rotary_pos_emb, apply_rotary_pos_emb)
+    assert not _same_code(with_defaults, apply_rotary_pos_emb)
+    assert not _same_code(named_otherwise, apply_rotary_pos_emb)
+    assert not _same_code(apply_rotary_pos_emb, nn.Identity())  # what it becomes where `kernels` is installed
+    assert not _same_code(nn.Identity(), apply_rotary_pos_emb)

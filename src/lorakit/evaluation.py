@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from lorakit import models
-from lorakit.adapter.attach import attach
+from lorakit.adapter.attach import attach, base_only
 from lorakit.adapter.value import Adapter
 from lorakit.data.chat import ChatFormat
 from lorakit.data.sources import Row, each_row, read_rows
@@ -202,8 +202,8 @@ def evaluate(
 
     Args:
         data: rows, or where to read them (`data.read_rows`).
-        model: what `load_model` takes, or what it gave (adapters are attached for the time of the call); None: the base
-            that the adapters name.
+        model: what `load_model` takes, or what it gave (adapters are attached for the time of the call; one that has
+            adapters already can only be measured without them); None: the base that the adapters name.
         adapters: folders, or adapters in memory.
         base: whether to measure the model without adapter too; None: only if there are no adapters.
         metrics: of `METRICS`. `loss` is the mean over labelled tokens, with training's mask; the others judge greedy
@@ -277,7 +277,8 @@ def evaluate(
 
     results = []
     if base or (base is None and not adapters):
-        results.append(measure(None, tokenizer))
+        with base_only(loaded):
+            results.append(measure(None, tokenizer))
     for name, adapter in zip(names, adapters, strict=True):
         folder = None if isinstance(adapter, Adapter) else adapter
         own_tokenizer = tokenizer if folder is None else models.tokenizer_beside(folder, loaded, tokenizer)

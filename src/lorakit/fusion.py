@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import sys
 import types
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -41,54 +40,57 @@ def fused(model: nn.Module) -> Iterator[int]:
         yield len(changed)
     finally:
         for module in changed:
-            del vars(module)["forward"]
+            vars(module).pop("forward", None)
 
 
 def _fast_forward(module: nn.Module) -> Callable[..., Any] | None:
     """A forward for this module that computes the same faster, or None."""
     own = type(module).forward
     if _same_code(own, llama.LlamaRMSNorm.forward):
-        return functools.partial(_rms_norm, module) if not _trains(module) else None
+        return functools.partial(_rms_norm, module)
     if _same_code(own, llama.LlamaMLP.forward):
         return functools.partial(_mlp, module) if type(module.act_fn) in (nn.SiLU, SiLUActivation) else None
-    code = getattr(own, "__code__", None)
-    if code is not None and _ROTARY in code.co_names and isinstance(own, types.FunctionType):
-        rotate = own.__globals__.get(_ROTARY)
+    if isinstance(own, types.FunctionType) and _ROTARY in own.__code__.co_names:
+        rotate: Any = own.__globals__.get(_ROTARY)
         if _same_code(rotate, llama.apply_rotary_pos_emb) and _same_code(
-            sys.modules[own.__module__].__dict__.get("rotate_half"), llama.rotate_half
+            rotate.__globals__.get("rotate_half"), llama.rotate_half
         ):
             # the module's own forward, with another function under that one name
             names = {**own.__globals__, _ROTARY: _apply_rotary}
-            return types.MethodType(
-                types.FunctionType(own.__code__, names, own.__name__, own.__defaults__, own.__closure__), module
-            )
+            forward = types.FunctionType(own.__code__, names, own.__name__, own.__defaults__, own.__closure__)
+            forward.__kwdefaults__ = own.__kwdefaults__
+            return types.MethodType(forward, module)
     return None
 
 
 def _same_code(function: Any, known: Any) -> bool:
-    """Whether two functions are compiled from the same statements (names of variables and comments aside)."""
-    one, other = getattr(function, "__code__", None), known.__code__
+    """Whether two functions take the same arguments and are compiled from the same statements.
+
+    Names of local variables, comments, docstrings and annotations may differ. (With the package `kernels` installed,
+    `known` may be no function but a module; then nothing equals it.)
+    """
     return (
-        one is not None
-        and all(
-            getattr(one, part) == getattr(other, part) for part in ("co_code", "co_names", "co_freevars", "co_argcount")
-        )
-        and _numbers(one) == _numbers(other)
+        isinstance(function, types.FunctionType)
+        and isinstance(known, types.FunctionType)
+        and _essence(function) == _essence(known)
     )
 
 
-def _numbers(code: types.CodeType) -> list[Any]:
-    return [constant for constant in code.co_consts if not isinstance(constant, str | types.CodeType)]
-
-
-def _trains(module: nn.Module) -> bool:
-    return any(parameter.requires_grad for parameter in module.parameters(recurse=False))
+def _essence(function: types.FunctionType) -> tuple[Any, ...]:
+    code = function.__code__
+    arguments = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
+    # places count, since the statements name constants by place; what a docstring says does not
+    constants = [None if isinstance(constant, str) else constant for constant in code.co_consts]
+    flags = code.co_flags
+    return code.co_code, code.co_names, code.co_freevars, arguments, constants, flags, function.__defaults__
 
 
 def _rms_norm(module: Any, hidden_states: torch.Tensor) -> torch.Tensor:
-    if module.weight.dtype != hidden_states.dtype:  # the product would be wider than its input
-        return kernels.rms_norm_reference(hidden_states, module.weight, module.variance_epsilon)
-    return kernels.rms_norm(hidden_states, module.weight, module.variance_epsilon)
+    weight = module.weight
+    # the fast form has no gradient for the weight, and a product with another dtype would be wider than its input
+    plain = weight.requires_grad or weight.dtype != hidden_states.dtype
+    norm = kernels.rms_norm_reference if plain else kernels.rms_norm
+    return norm(hidden_states, weight, module.variance_epsilon)
 
 
 def _mlp(module: Any, x: torch.Tensor) -> torch.Tensor:

@@ -100,8 +100,9 @@ def keep_freed_memory() -> bool:
     if platform.libc_ver()[0] != "glibc":
         return False
     libc = ctypes.CDLL(None)
-    trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of malloc.h
-    if not (libc.mallopt(mmap_threshold, 2**31 - 1) and libc.mallopt(trim_threshold, -1)):
+    trim_threshold, mmap_threshold, mmap_max = -1, -3, -4  # of malloc.h
+    never_mapped = libc.mallopt(mmap_threshold, 2**31 - 1) or libc.mallopt(mmap_max, 0)  # old glibc: at most 32 MiB
+    if not (never_mapped and libc.mallopt(trim_threshold, -1)):
         return False
     libc.malloc.restype = ctypes.c_void_p
     libc.malloc.argtypes = [ctypes.c_size_t]

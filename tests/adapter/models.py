@@ -81,6 +81,17 @@ class Lookup(nn.Module):
         return self.out(self.table(ids))
 
 
+class Encoder(nn.Module):
+    """torch's own encoder, which in eval mode may read its layers' weights past their forward()."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2)
+
+    def forward(self, x: torch.Tensor, padding: torch.Tensor) -> torch.Tensor:
+        return self.encoder(x, src_key_padding_mask=padding.bool())[:, :4]  # what is padding in every row may be cut
+
+
 def _ids() -> dict[str, torch.Tensor]:
     return {"input_ids": torch.randint(0, 96, (2, 9))}
 
@@ -125,6 +136,12 @@ CASES = {
         Convolutions, lambda: {"x": torch.randn(2, 4, 16)}, ("one", "two", "circular", "same", "three"), "two"
     ),
     "embedding": Case(Lookup, lambda: {"ids": torch.randint(0, 30, (2, 6))}, ("table", "out"), "table"),
+    "torch encoder": Case(
+        Encoder,
+        lambda: {"x": torch.randn(3, 5, 8), "padding": torch.tensor([[0, 0, 0, 0, i] for i in (0, 1, 1)])},
+        "all-linear",
+        "encoder.layers.1.linear2",
+    ),
     "llama": Case(llama, _ids, "all-linear", "model.layers.1.mlp.up_proj"),
     "llama embedding": Case(llama, _ids, ("embed_tokens", "q_proj"), "model.embed_tokens"),
     "gpt2": Case(gpt2, _ids, "all-linear", "transformer.h.0.attn.c_attn"),

@@ -344,3 +344,28 @@ def test_bf16_base_keeps_the_adapter_in_fp32_and_copies_no_input_to_fp32():
     assert not wide
     case.run(model).float().sum().backward()
     assert {p.grad.dtype for p in handle.trainable_parameters()} == {torch.float32}
+
+
+def test_an_adapter_removed_while_disabled_is_not_active_afterwards():
+    handle = lorakit.attach(CASES["mlp"].build(), LoRAConfig(r=2))
+    handle.add("other", LoRAConfig(r=2))
+    handle.activate(["default", "other"])
+    with handle.disabled():
+        handle.remove("default")
+    assert handle.active == {"other": 1.0}
+
+
+@pytest.mark.parametrize("name", ["mlp", "llama"])
+def test_a_compiled_model_follows_what_is_active(name):
+    """The graph is captured and run by autograd's own kernels: what is tested is that capturing sees the adapter."""
+    case = CASES[name]
+    model = case.build()
+    handle = lorakit.attach(model, config(case))
+    randomise(handle)
+    compiled = torch.compile(model, backend="aot_eager")
+    with torch.no_grad():
+        torch.testing.assert_close(case.run(compiled), case.run(model))
+        with handle.disabled():
+            torch.testing.assert_close(case.run(compiled), case.run(model))
+        handle.activate({"default": 0.5})
+        torch.testing.assert_close(case.run(compiled), case.run(model))

@@ -65,7 +65,9 @@ def test_what_rows_share_stands_once_and_every_target_has_the_tokens_before_it(r
     batch = collate(rows, range(len(rows)), share=True)
     assert sorted(batch.rows) == list(range(len(rows)))
     assert len(batch.ids) == len(batch.positions) == sum(batch.lengths) - sum(batch.forks)
-    predict, targets = batch.predict.tolist(), batch.targets.tolist()
+    assert len(batch.predict.unique()) == len(batch.predict)
+    predict = (batch.predict if batch.source is None else batch.predict[batch.source]).tolist()
+    targets = batch.targets.tolist()
     for index, place, fork in zip(batch.rows, row_places(batch.lengths, batch.forks), batch.forks, strict=True):
         row = rows[index]
         assert fork == 0 or 8 <= fork < len(row.ids)

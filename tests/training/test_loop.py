@@ -82,7 +82,7 @@ def test_a_step_is_the_mean_over_its_tokens_however_divided(adapted):
     scaler = make_scaler(torch.float32, CPU)
 
     def run(micro_batches):
-        with ready(model) as share:
+        with ready(model, 40) as share:
             assert share
             loss = accumulate(model, rows, micro_batches, scaler, 0, 0, share=share)
         return loss, gradients(tensors)

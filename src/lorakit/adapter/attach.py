@@ -21,7 +21,16 @@ from lorakit.adapter.targets import Target, Targets, find_targets
 from lorakit.adapter.value import Adapter, BaseInfo, Factors
 from lorakit.core import initializers, lowrank
 from lorakit.core.deltas import LayerUpdate, LoRA, Replacement, trainable
-from lorakit.core.layer import ActiveState, AdaptedLayer, AdaptedModule, ReplacedModule, adapt, restore
+from lorakit.core.layer import (
+    ActiveState,
+    AdaptedLayer,
+    AdaptedModule,
+    ReplacedModule,
+    adapt,
+    fuse_again,
+    restore,
+    unfuse,
+)
 from lorakit.core.sites import CONVOLUTION, EMBEDDING, Site, site_of
 from lorakit.core.weights import base_weight_of
 from lorakit.errors import AdapterError, AdapterMismatchError, ConfigError, TargetError, bullet_list, nearest
@@ -89,6 +98,14 @@ def adapters(model: nn.Module) -> AttachedAdapters:
     return cast("AttachedAdapters", handle)
 
 
+@contextlib.contextmanager
+def base_only(model: nn.Module) -> Iterator[None]:
+    """Within the block `model` is its base, whether it has adapters or not."""
+    handle = model.__dict__.get(_HANDLE)
+    with contextlib.nullcontext() if handle is None else handle.disabled():
+        yield
+
+
 class AttachedAdapters:
     """All adapters of one model, by name. Made by `attach`; `adapters(model)` finds it again."""
 
@@ -98,6 +115,7 @@ class AttachedAdapters:
         self._residents: dict[str, _Resident] = {}
         self._slots = 0
         self._base_flags: list[tuple[nn.Parameter, bool]] = []
+        self._unfused: list[tuple[nn.Module, str, Any]] = []
         self._base_info: BaseInfo | None = None
 
     def __repr__(self) -> str:
@@ -145,7 +163,8 @@ class AttachedAdapters:
         try:
             yield
         finally:
-            self._state.active = before
+            resident = {each.slot for each in self._residents.values()}  # one may have been removed meanwhile
+            self._state.active = tuple((slot, weight) for slot, weight in before if slot in resident)
 
     # ------------------------------------------------------------ in
 
@@ -209,6 +228,8 @@ class AttachedAdapters:
             if not module.lorakit_updates:
                 restore(module)
         del self._residents[name]
+        if not self._residents:
+            fuse_again(self._unfused)
 
     def detach(self) -> nn.Module:
         """Take every adapter out and give back the plain base model: same objects, same bits, same `requires_grad`."""
@@ -356,6 +377,8 @@ class AttachedAdapters:
             self._base_flags = [(p, p.requires_grad) for p in self.model.parameters()]
             for parameter, _ in self._base_flags:
                 parameter.requires_grad_(False)
+        if not self._residents:
+            self._unfused = unfuse(self.model)
         resident = _Resident(config, slot=str(self._slots))
         self._slots += 1
         for path, module in modules.items():

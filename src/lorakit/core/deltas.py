@@ -52,6 +52,7 @@ class LoRA(nn.Module):
         """Base and update together for a frozen dense Linear without dropout; None where that does not apply."""
         if (
             type(site) is not LinearSite
+            or torch.compiler.is_compiling()  # fuses by itself, and cannot see into our function
             or (self.dropout and self.training)
             or torch.is_autocast_enabled(x.device.type)
             or not isinstance(layer.weight, nn.Parameter)

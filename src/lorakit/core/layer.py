@@ -165,3 +165,31 @@ def restore(module: AdaptedModule) -> nn.Module:
         module.__dict__.pop(name, None)
     module.__class__ = type(module).__bases__[1]
     return module
+
+
+# torch's encoder computes in eval mode from its layers' weights, past their forward(); with these set it calls them.
+_UNFUSED = {
+    nn.TransformerEncoder: ("use_nested_tensor", False),
+    nn.TransformerEncoderLayer: ("activation_relu_or_gelu", 0),
+}
+
+
+def unfuse(model: nn.Module) -> list[tuple[nn.Module, str, Any]]:
+    """Make modules that would read an adapted layer's weight without calling the layer call it.
+
+    Returns:
+        What `fuse_again` needs.
+    """
+    found = []
+    for module in model.modules():
+        for kind, (attribute, value) in _UNFUSED.items():
+            if isinstance(module, kind):
+                found.append((module, attribute, getattr(module, attribute)))
+                setattr(module, attribute, value)
+    return found
+
+
+def fuse_again(changed: list[tuple[nn.Module, str, Any]]) -> None:
+    """Undo `unfuse`."""
+    for module, attribute, value in changed:
+        setattr(module, attribute, value)

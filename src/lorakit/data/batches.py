@@ -40,7 +40,12 @@ class Batch:
     """
 
     predict: torch.Tensor
-    """(L,) places in [0, T) whose logits predict a target; a place may predict for several rows."""
+    """(P,) different places in [0, T) whose logits predict targets."""
+
+    source: torch.Tensor | None
+    """(L,) which of `predict` predicts each target; None: each its own, in this order. A place that ends what several
+    rows share predicts for each of them.
+    """
 
     targets: torch.Tensor
     """(L,) the trained tokens, row after row."""
@@ -50,9 +55,18 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch with its tensors on `device`."""
-        tensors = (self.ids, self.positions, self.predict, self.targets)
-        ids, positions, predict, targets = (tensor.to(device, non_blocking=True) for tensor in tensors)
-        return replace(self, ids=ids, positions=positions, predict=predict, targets=targets)
+
+        def moved(tensor: torch.Tensor) -> torch.Tensor:
+            return tensor.to(device, non_blocking=True)
+
+        return replace(
+            self,
+            ids=moved(self.ids),
+            positions=moved(self.positions),
+            predict=moved(self.predict),
+            source=None if self.source is None else moved(self.source),
+            targets=moved(self.targets),
+        )
 
 
 def row_places(lengths: Sequence[int], forks: Sequence[int]) -> list[torch.Tensor]:
@@ -92,12 +106,16 @@ def collate(examples: Sequence[Example], indices: Sequence[int], *, share: bool 
     lengths = tuple(len(row.ids) for row in chosen)
     places = row_places(lengths, forks)
     flags = [torch.tensor(row.trained) for row in chosen]
+    predict = torch.cat([place[:-1][flag[1:]] for place, flag in zip(places, flags, strict=True)])
+    different, source = torch.unique(predict, return_inverse=True)
+    repeats = len(different) < len(predict)
     return Batch(
         ids=torch.tensor([token for row, fork in zip(chosen, forks, strict=True) for token in row.ids[fork:]]),
         positions=torch.cat([torch.arange(fork, n) for fork, n in zip(forks, lengths, strict=True)]),
         lengths=lengths,
         forks=tuple(forks),
-        predict=torch.cat([place[:-1][flag[1:]] for place, flag in zip(places, flags, strict=True)]),
+        predict=different if repeats else predict,
+        source=source if repeats else None,
         targets=torch.cat([torch.tensor(row.ids)[flag] for row, flag in zip(chosen, flags, strict=True)]),
         rows=tuple(indices),
     )

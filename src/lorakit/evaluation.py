@@ -255,7 +255,7 @@ def evaluate(
         subject = "base" if adapter is None else adapter
         report = None if on_progress is None else functools.partial(on_progress, subject)
         stop = models.stop_ids(loaded, own_tokenizer)
-        chat_format = ChatFormat(own_tokenizer, stop, max_length, chat_template)
+        chat_format = ChatFormat(own_tokenizer, stop, max_length, chat_template).for_rows(rows)
         scores: dict[str, float] = {}
         tokens = cut = None
         if "loss" in metrics:

@@ -5,7 +5,7 @@ from click.testing import CliRunner
 
 from chat_styles import STYLES, chat, make_tokenizer, messages, row
 from lorakit.cli import main
-from lorakit.cli.check import as_seen
+from lorakit.cli.check import _tokens, as_seen
 from lorakit.data.chat import Example
 from lorakit.data.sources import Origin
 
@@ -52,6 +52,41 @@ def test_json_is_the_last_line_of_stdout(model, data):
     assert "--max_length 64" in result.stderr.split("ok ")[-1]
 
 
+def test_json_holds_the_tokens_of_the_rows_shown(model, data):
+    result = check(data, "--model", model, "--json", "--rows", 2)
+    rows = json.loads(result.stdout.strip().split("\n")[-1])["rows"]
+    assert [row["origin"] for row in rows] == [f"{data}:1", f"{data}:2"]
+    (example,) = chat(STYLES["chatml"]()).encode(row(messages=messages("What 0?", "Blue 0.")))
+    assert [token for token, _, _ in rows[0]["tokens"]] == example.ids
+    assert [trained for _, _, trained in rows[0]["tokens"]] == example.trained
+    assert "".join(text for _, text, _ in rows[0]["tokens"]).endswith("<|im_start|>assistant\nBlue 0.<|im_end|>")
+    assert rows[0]["tokens"][-1][1:] == ["<|im_end|>", True]
+    assert json.loads(check(data, "--model", model, "--json", "--rows", 0).stdout)["rows"] == []
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_rows_that_leave_nothing_to_hold_out_are_shown_all_the_same(model, data, count):
+    data.write_text((json.dumps({"messages": messages("What?", "Blue.")}) + "\n") * count)
+    result = check(data, "--model", model, "--json")
+    assert result.exit_code == 0, result.output
+    assert "⟦Blue│.│<|im_end|>⟧" in result.stderr
+    assert f"data   {count} rows, messages; 0 cut" in result.stderr
+    assert "note   train will need --validation FILE: no validation rows can be held out of" in result.stderr
+    assert f"lorakit train {data} --model {model} --validation FILE --output" in result.stderr
+    found = json.loads(result.stdout)
+    assert (found["ok"], found["training"]["rows"], found["validation"]) == (True, count, None)
+    assert len(found["rows"]) == min(count, 2)
+
+
+def test_rows_with_tools_are_shown_with_the_template_that_shows_them(model, data):
+    call = {"role": "assistant", "content": "", "tool_calls": [{"name": "get_weather", "arguments": None}]}
+    data.write_text(json.dumps({"messages": [*messages("What?"), call], "tools": [{"name": "get_weather"}]}) + "\n")
+    result = check(data, "--model", model)
+    assert result.exit_code == 0, result.output
+    assert "template: chatml-tools, since the tokenizer's own shows no tools" in result.stderr
+    assert "<tools>" in result.stderr.replace("│", "")
+
+
 def test_a_refusal_exits_with_reasons(model, data):
     with data.open("a") as file:
         file.write('{"message": []}\n{"messages": []}\n')
@@ -59,7 +94,9 @@ def test_a_refusal_exits_with_reasons(model, data):
     assert result.exit_code == 2
     assert f"{data}:21: keys message fit no schema" in result.stderr
     assert f"{data}:22: 'messages': expected a list of messages" in result.stderr
-    assert json.loads(result.stdout)["error"]["type"] == "DataError"
+    told = json.loads(result.stdout)
+    assert (told["ok"], told["error"]["type"]) == (False, "DataError")
+    assert f"{data}:21: keys message fit no schema" in told["error"]["message"]
 
 
 def test_settings_may_come_from_a_file(model, data, tmp_path):
@@ -84,10 +121,14 @@ def test_a_character_of_several_tokens_comes_in_one_piece():
     tokenizer = make_tokenizer()
     ids = [*tokenizer("a é 🙂").input_ids, tokenizer.eos_token_id]
     assert len(ids) > 8
-    text = as_seen(Example(ids, [False] * 2 + [True] * (len(ids) - 2), Origin("a", 1)), tokenizer).plain
+    example = Example(ids, [False] * 2 + [True] * (len(ids) - 2), Origin("a", 1))
+    text = as_seen(example, tokenizer).plain
     assert "é" in text
     assert "🙂" in text
     assert "\ufffd" not in text
+    tokens = _tokens(example, tokenizer)
+    assert [token for token, _, _ in tokens] == ids
+    assert "".join(text for _, text, _ in tokens) == "a é 🙂" + tokenizer.eos_token
 
 
 def test_trained_tokens_are_green():

@@ -7,18 +7,7 @@ import lorakit
 from lorakit import models
 from lorakit.cli import main
 from lorakit.generation import generate
-from tiny_models import byte_tokenizer
-from tiny_subjects import conversation, save_adapter, save_model, write_jsonl
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return save_model(tmp_path_factory.mktemp("base"))
-
-
-@pytest.fixture(scope="module")
-def adapter(tmp_path_factory, base):
-    return save_adapter(tmp_path_factory.mktemp("adapter"), base, tokenizer=byte_tokenizer())
+from tiny_subjects import conversation, write_jsonl
 
 
 def run(*arguments, stdin=""):
@@ -95,7 +84,27 @@ def test_rows_with_and_without_answers(base, tmp_path):
     found = completions("--model", base, "--file", file)
     texts = [chat(conversation(3)["messages"][0]["content"]), chat("what?", "Be brief."), *[chat("hello")] * 4]
     assert [c["text"] for c in found] == expected(base, texts)
-    assert [c["prompt"] for c in found] == [f"{file}:1", "what?", "hello", f"{file}:4", f"{file}:5", f"{file}:6"]
+    assert [c["prompt"] for c in found] == [f"{file}:1", "what?", "hello", f"{file}:4", "hello", f"{file}:6"]
+
+
+def test_rows_of_every_schema_may_end_before_the_answer(base, tmp_path):
+    turns = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "bye"}]
+    rows = [
+        {"messages": turns[:1]},
+        {"messages": [*turns[:1], {**turns[1], "content": ""}]},
+        {"conversations": [{"from": "human", "value": "hello"}]},
+        {"conversations": [{"from": "human", "value": "hello"}], "system": "Be brief."},
+        {"instruction": "hello"},
+        {"instruction": "hello", "input": "", "output": ""},
+        {"prompt": "hello", "completion": None},
+        {"prompt": turns[:1], "references": ["bye"]},
+        {"messages": [*turns, {"role": "user", "content": "what?"}]},
+    ]
+    found = completions("--model", base, "--file", write_jsonl(tmp_path / "rows.jsonl", rows))
+    again = f"{chat('hello')}bye<|im_end|>\n{chat('what?')}"
+    texts = [*[chat("hello")] * 3, chat("hello", "Be brief."), *[chat("hello")] * 4, again]
+    assert [c["text"] for c in found] == expected(base, texts)
+    assert [c["prompt"] for c in found] == ["hello"] * 8 + ["what?"]
 
 
 def test_sampling_is_that_of_the_library(base):
@@ -123,6 +132,8 @@ def test_output_file(base, tmp_path):
         (["--model", "BASE", "--prompt", "x", "--file", "f"], "", "--prompt and --file"),
         (["--model", "BASE", "--raw", "--system", "s", "--prompt", "x"], "", "--system needs a chat template"),
         (["--model", "BASE", "--file", "none.jsonl"], "", "none.jsonl"),
+        (["--model", "BASE", "--file", "none.txt"], "", "none.txt: no such file"),
+        (["--model", "BASE", "--file", "LATIN1"], "", "not UTF-8"),
         (["--model", "BASE", "--file", "ROWS"], "", "2 of 3 rows cannot be answered"),
         (["--model", "BASE", "--prompt", "x", "--temperature", "-1"], "", "temperature"),
         (["--model", "BASE", "--prompt", "x", "--adapter", "none"], "", "none"),
@@ -130,7 +141,10 @@ def test_output_file(base, tmp_path):
 )
 def test_one_clear_error(arguments, stdin, message, base, tmp_path):
     rows = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "x"}, {"text": "x"}, {"messages": [{"role": "usr"}]}])
-    result = run(*[{"BASE": base, "ROWS": rows}.get(a, a) for a in arguments], "--json", stdin=stdin)
+    latin1 = tmp_path / "latin1.txt"
+    latin1.write_bytes(b"caf\xe9\n")
+    named = {"BASE": base, "ROWS": rows, "LATIN1": str(latin1)}
+    result = run(*[named.get(a, a) for a in arguments], "--json", stdin=stdin)
     assert result.exit_code == 2
     told = json.loads(result.stdout.splitlines()[-1])["error"]["message"]
     assert message in told

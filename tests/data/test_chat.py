@@ -1,6 +1,8 @@
+import datetime
 import json
 
 import pytest
+from transformers.utils import chat_template_utils
 
 from chat_styles import (
     CHATML,
@@ -18,6 +20,7 @@ from chat_styles import (
     row,
     tokens,
 )
+from lorakit.data.schema import parse_prompt
 from lorakit.errors import ConfigError, DataError, ModelError
 
 
@@ -494,6 +497,102 @@ def test_a_tool_result_that_the_template_escapes_is_still_found():
     assert r'"{\"a\": \"e\"}"' in text
 
 
+TOOL_ROWS = [row(1, messages=messages("What?", "Blue.")), row(2, messages=TOOL_TURNS, tools=TOOLS)]
+
+
+@pytest.mark.parametrize("fields", [{"messages": TOOL_TURNS, "tools": TOOLS}, {"messages": TOOL_TURNS}])
+def test_chatml_that_shows_no_tools_gives_way_to_chatml_tools_where_rows_have_them(fields):
+    tokenizer = STYLES["chatml"]()
+    chosen = chat(tokenizer).for_rows([TOOL_ROWS[0], row(2, **fields)])
+    wanted = chat(tokenizer, chat_template="chatml-tools")
+    assert chosen.template == chosen.tokenizer.chat_template == wanted.template
+    assert chosen.template_origin == "chatml-tools, since the tokenizer's own shows no tools"
+    assert chosen.encode(row(2, **fields)) == wanted.encode(row(2, **fields))
+    # saved beside an adapter, it is the tokenizer's own, and shows them
+    saved = chat(chosen.tokenizer)
+    assert saved.for_rows(TOOL_ROWS) is saved
+
+
+def test_rows_without_tools_and_bad_rows_change_no_template():
+    chat_format = chat(STYLES["chatml"]())
+    assert chat_format.for_rows([TOOL_ROWS[0], row(2, tool=1), row(3, text="a"), row(4, prompt="a")]) is chat_format
+
+
+@pytest.mark.parametrize("style", ["llama3", "gemma", "mistral", "phi3"])
+def test_where_the_own_template_is_not_chatml_tools_are_refused_as_before(style):
+    chat_format = chat(STYLES[style]())
+    assert chat_format.for_rows(TOOL_ROWS) is chat_format
+    with pytest.raises(DataError, match=r"--chat-template chatml-tools|refuses the turns"):
+        chat_format.encode(TOOL_ROWS[1])
+
+
+def test_another_end_token_is_not_the_same_chatml():
+    chat_format = chat(make_tokenizer(CHATML, eos="<|endoftext|>"))
+    assert chat_format.for_rows(TOOL_ROWS) is chat_format
+
+
+@pytest.mark.parametrize("choice", ["chatml", "none"])
+def test_a_template_that_was_asked_for_stays(choice):
+    chat_format = chat(STYLES["chatml"](), chat_template=choice)
+    assert chat_format.for_rows(TOOL_ROWS) is chat_format
+
+
+def test_an_own_template_that_shows_what_the_rows_have_stays():
+    shows = "{% if tools %}{{ '<|im_start|>system\n' + tools | tojson + '<|im_end|>\n' }}{% endif %}" + CHATML
+    chat_format = chat(make_tokenizer(shows, eos="<|im_end|>"))
+    only_tools = row(messages=messages("What?", "Blue."), tools=TOOLS)
+    assert chat_format.for_rows([only_tools]) is chat_format
+    assert chat_format.for_rows(TOOL_ROWS) is not chat_format  # it shows no calls
+
+
+# ---------------------------------------------------------------- the date
+
+DATED = CHATML.replace("You are helpful", "Today is ' + strftime_now('%d %b %Y') + strftime_now( \"%Y\" ) + '")
+
+
+@pytest.fixture
+def on_day(monkeypatch):
+    """Sets the clock that chat templates see."""
+
+    def set_clock(day):
+        class Clock(datetime.datetime):
+            @classmethod
+            def now(cls, tz=None):
+                return cls(2031, 5, day, tzinfo=tz)
+
+        monkeypatch.setattr(chat_template_utils, "datetime", Clock)
+
+    return set_clock
+
+
+def test_rows_are_the_same_tomorrow(on_day):
+    tokenizer = make_tokenizer(DATED, eos="<|im_end|>")
+    data = [row(messages=messages("What?", "Blue.", "and?", "Red.")), row(messages=TOOL_TURNS, tools=TOOLS)]
+    asked = row(prompt="What?", references=["Blue."])
+    seen = []
+    for day in (1, 2):
+        on_day(day)
+        chat_format = chat(tokenizer)
+        (example,) = chat_format.encode(data[0])
+        seen.append((example, chat_format.prompt(data[0]), chat_format.prompt(asked), chat_format.template))
+        assert "Today is 26 Jul 20242024<|im_end|>" in marked(example, tokenizer)
+        assert chat_format.template_origin == "the tokenizer's own, dated 26 July 2024"
+        # what is saved, and what somebody asks, has the day's own date
+        assert chat_format.tokenizer.chat_template == DATED
+        today = f"Today is 0{day} May 20312031<|im_end|>"
+        assert today in tokenizer.decode(chat_format.prompt_ids("What?"))
+        assert today in tokenizer.decode(chat_format.ids_before_answer(parse_prompt(data[0])))
+    assert seen[0] == seen[1]
+
+
+def test_a_long_row_keeps_its_dated_head(on_day):
+    on_day(1)
+    tokenizer = make_tokenizer(DATED.replace("messages[0]['role'] != 'system'", "true"), eos="<|im_end|>")
+    turns = messages("What is the answer? " * 40, "Blue.", system="You name")
+    (example,) = chat(tokenizer, max_length=100).encode(row(messages=turns))
+    assert "26 Jul 2024" in marked(example, tokenizer)
+
+
 # ---------------------------------------------------------------- prompts
 
 
@@ -523,6 +622,37 @@ def test_references_and_tool_calls_as_the_answer():
     assert answer == '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Paris"}}\n</tool_call>'
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"messages": messages("What?")},
+        {"conversations": [{"from": "human", "value": "What?"}]},
+        {"instruction": "What?"},
+        {"instruction": "What?", "output": ""},
+        {"prompt": "What?"},
+        {"prompt": messages("What?")},
+    ],
+)
+def test_a_row_with_references_needs_no_answer_to_be_measured(fields):
+    chat_format = chat(STYLES["chatml"]())
+    prompt = chat_format.prompt(row(3, **fields, references=["Blue.", "Red."]))
+    assert prompt.ids == chat_format.prompt_ids("What?")
+    assert prompt.references == ("Blue.", "Red.")
+    assert str(prompt.origin) == "data.jsonl:3"
+    with pytest.raises(DataError, match=r"data\.jsonl:3: has no answer, and no 'references'"):
+        chat_format.prompt(row(3, **fields))
+    with pytest.raises(DataError, match=r"data\.jsonl:3: "):  # but the loss needs one
+        chat_format.encode(row(3, **fields, references=["Blue.", "Red."]))
+
+
+def test_turns_after_the_last_answer_are_asked_where_there_are_references():
+    chat_format = chat(STYLES["llama3"]())
+    turns = messages("What?", "Blue.", "and?")
+    assert chat_format.prompt(row(messages=turns, references=["Red."])).ids == chat_format.prompt_ids(turns)
+    prompt = chat_format.prompt(row(messages=turns))
+    assert (prompt.ids, prompt.references) == (chat_format.prompt_ids("What?"), ("Blue.",))
+
+
 def test_prompts_without_a_template():
     tokenizer = STYLES["llama3"]()
     chat_format = chat(tokenizer, chat_template="none")
@@ -530,6 +660,7 @@ def test_prompts_without_a_template():
     assert tokenizer.decode(prompt.ids) == "<|begin_of_text|>What?"
     assert prompt.references == (" Blue.",)
     assert chat_format.prompt_ids("What?") == prompt.ids
+    assert chat_format.prompt(row(prompt="What?", references=["Blue."])).ids == prompt.ids
     with pytest.raises(DataError, match="a text row has no prompt"):
         chat_format.prompt(row(text="a"))
 

@@ -1,11 +1,12 @@
 import dataclasses
+import json
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from chat_styles import NO_END, STYLES, chat, make_tokenizer, messages, row
-from lorakit.data.prepare import MOST_HELD_OUT, overlap, prepare, read_data, split
+from lorakit.data.prepare import MOST_HELD_OUT, Data, inspect_data, overlap, prepare, read_data, split
 from lorakit.data.sources import Origin, Row, read_rows
 from lorakit.errors import DataError
 from lorakit.files import write_text
@@ -152,10 +153,9 @@ def test_held_out_rows_are_at_most_a_few_hundred_and_at_least_one():
     assert len(split(data[:2], 0.9, 0)[1]) == 1
 
 
-def test_rows_that_are_all_the_same_cannot_be_split():
+def test_of_rows_that_are_all_the_same_none_is_held_out():
     for same in ([row(messages=messages("a", "b"))] * 3, rows(1)):
-        with pytest.raises(DataError, match="no validation rows can be held out"):
-            split(same, 0.1, 0)
+        assert split(same, 0.1, 0) == (same, [])
 
 
 def test_bad_rows_are_told_before_the_split():
@@ -169,8 +169,34 @@ def test_a_lone_document_is_cut_at_a_line_break_near_its_end():
     assert train.fields["text"] + valid.fields["text"] == text
     assert valid.fields["text"].startswith(f"line {valid.origin.line - 1}\n")
     assert 0.05 * len(text) < len(valid.fields["text"]) < 0.11 * len(text)
-    with pytest.raises(DataError, match="no validation text can be cut"):
-        split([Row(Origin("a.txt", 1), {"text": "one line"})], 0.1, 0)
+
+
+@pytest.mark.parametrize(
+    ("train", "valid", "share"),
+    [
+        ("a\nand a long line\n", "the last line", 0.1),  # no line break behind the cut
+        ("a long first line and\n", "b\nc\nd", 0.2),  # nearer before the cut than behind it
+        ("one line of ", "words", 0.3),  # no line break
+        ("\n\none line of ", "words\n\n", 0.3),  # none that parts words
+        ("Title\nand a very long line of many words in ", "one", 0.05),  # none that leaves training the larger part
+        ("a\n", "bcdefghi", 0.1),  # no other place
+        ("a ", "b", 0.0),
+        ("a\n", "b\nc\nd\ne\nf", 0.9),
+    ],
+)
+def test_a_lone_document_is_parted_at_the_nearest_line_break_or_space(train, valid, share):
+    ((one,), (other,)) = split([Row(Origin("a.txt", 1), {"text": train + valid})], share, 0)
+    assert (one.fields["text"], other.fields["text"]) == (train, valid)
+    assert (one.origin, other.origin) == (Origin("a.txt", 1), Origin("a.txt", 1 + train.count("\n")))
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.text("ab \n", min_size=1).filter(str.strip), st.floats(0, 0.99))
+def test_a_document_of_two_words_can_always_be_parted(text, share):
+    train, valid = split([Row(Origin("a.txt", 1), {"text": text})], share, 0)
+    assert "".join(each.fields["text"] for each in (*train, *valid)) == text
+    assert all(each.fields["text"].strip() for each in (*train, *valid))
+    assert len(valid) == (len(text.split()) > 1)
 
 
 def test_overlap_compares_what_rows_say():
@@ -207,6 +233,66 @@ def test_read_data_with_and_without_a_validation_file(tmp_path):
     assert "of 3 validation rows, 3 are training rows too" in given_file.lines()[-1]
     assert given_file.statistics()["overlap"] == {"rows": 3, "prompts": 3, "held_out": False}
     assert given_file.statistics()["training"] == given_file.train.statistics.to_dict()
+
+
+@pytest.mark.parametrize(
+    ("fields", "count", "which"),
+    [
+        ({"prompt": "What?", "completion": "Blue."}, 1, "one row"),
+        ({"prompt": "What?", "completion": "Blue."}, 3, "3 rows that all say the same"),
+        ({"text": "Blue"}, 1, "one text without a line break or a space between words"),
+    ],
+)
+def test_where_nothing_can_be_held_out_rows_are_inspected_but_not_trained_on(tmp_path, fields, count, which):
+    file = tmp_path / "a.jsonl"
+    write_text(file, (json.dumps(fields) + "\n") * count)
+    chat_format = chat(STYLES["gemma"]())
+    found = inspect_data(file, None, 0.05, 0, chat_format)
+    assert len(found.train.rows) == found.statistics()["training"]["rows"] == count
+    assert (found.statistics()["validation"], found.statistics()["overlap"]) == (None, None)
+    assert found.lines()[0].startswith(f"data   {count} rows, ")
+    reason = f"no validation rows can be held out of {which}"
+    assert found.lines()[-1] == f"note   train will need --validation FILE: {reason}"
+    with pytest.raises(DataError) as caught:
+        read_data(file, None, 0.05, 0, chat_format)
+    assert str(caught.value) == f"{file}: {reason}; give validation rows with --validation FILE"
+    assert isinstance(inspect_data(file, file, 0.05, 0, chat_format), Data)
+    assert len(read_data(file, file, 0.05, 0, chat_format).valid.rows) == count
+
+
+def test_the_validation_split_of_a_data_set(tmp_path, monkeypatch):
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = tmp_path / "set"
+    folder.mkdir()
+    for name, count in (("train", 6), ("test", 3), ("validation", 2)):
+        write(folder, f"{name}.jsonl", count)
+    chat_format = chat(STYLES["gemma"]())
+    sizes = {
+        validation: len(read_data(folder, validation, 0.05, 0, chat_format).valid.rows)
+        for validation in (folder, f"{folder}:test", f"{folder}:train", None)
+    }
+    assert list(sizes.values()) == [2, 3, 6, 1]
+
+
+def test_rows_with_tools_choose_the_template_of_training_and_validation(tmp_path):
+    def tool_row(number):
+        call = {"role": "assistant", "content": "", "tool_calls": [{"name": "get_weather", "arguments": {"n": number}}]}
+        return {"messages": [*messages(f"What {number}?"), call], "tools": [{"name": "get_weather"}]}
+
+    plain, tools = write(tmp_path, "a.jsonl", 5), tmp_path / "b.jsonl"
+    write_text(tools, "".join(json.dumps(tool_row(number)) + "\n" for number in range(3)))
+    chat_format = chat(STYLES["chatml"]())
+    for train, valid in ((tools, None), (tools, plain), (plain, tools)):
+        data = read_data(train, valid, 0.05, 0, chat_format)
+        assert data.chat_format.template == chat(STYLES["chatml"](), chat_template="chatml-tools").template
+        assert "template: chatml-tools, since the tokenizer's own shows no tools" in data.lines()[1]
+        again = read_data(train, valid, 0.05, 0, chat(data.chat_format.tokenizer))  # with what is saved of it
+        assert (again.train.examples, again.valid.examples) == (data.train.examples, data.valid.examples)
+    assert read_data(plain, None, 0.05, 0, chat_format).chat_format is chat_format
+    with pytest.raises(DataError, match=r"does not show the tool .* --chat-template chatml-tools"):
+        read_data(tools, None, 0.05, 0, chat(STYLES["llama3"]()))
 
 
 def test_what_needs_telling_is_told():
@@ -253,8 +339,10 @@ def test_smollm2_on_tool_rows(smollm2, shared_data):
     data = read_rows(shared_data / "glaive_toolcall" / "valid.jsonl")
     with pytest.raises(DataError, match=r"use a template that does, e\.g\. --chat-template chatml-tools"):
         prepare(data, chat(tokenizer))
+    chat_format = chat(tokenizer, max_length=4096).for_rows(data)
+    assert chat_format.template_origin == "chatml-tools, since the tokenizer's own shows no tools"
     for each in data:
-        for example in chat(tokenizer, max_length=4096, chat_template="chatml-tools").encode(each):
+        for example in chat_format.encode(each):
             trained = tokenizer.decode([t for t, flag in zip(example.ids, example.trained, strict=True) if flag])
             answers = [turn for turn in each.fields["messages"] if turn["role"] == "assistant"]
             assert trained.count("<|im_end|>") == len(answers)

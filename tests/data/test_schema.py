@@ -3,7 +3,16 @@ import json
 import pytest
 
 from chat_styles import row
-from lorakit.data.schema import Conversation, Message, PlainText, PromptCompletion, ToolCall, parse_row, schema_of
+from lorakit.data.schema import (
+    Conversation,
+    Message,
+    PlainText,
+    PromptCompletion,
+    ToolCall,
+    parse_prompt,
+    parse_row,
+    schema_of,
+)
 from lorakit.data.sources import read_rows
 from lorakit.errors import DataError
 
@@ -40,6 +49,10 @@ def refused(**fields):
         {"instruction": "a", "input": "", "output": "b", "text": "Below is an instruction ... a ... b"},
         {"instruction": "a", "input": None, "output": "b", "history": [], "other": 1},
         {"prompt": [USER], "completion": [ASSISTANT]},
+        {"prompt": "a", "completion": [ASSISTANT]},
+        {"prompt": [USER], "completion": "b"},
+        {"messages": [{**USER, "role": "User"}, {**ASSISTANT, "role": "ASSISTANT"}]},
+        {"conversations": [{"from": "Human", "value": "a"}, {"from": "GPT", "value": "b"}]},
     ],
 )
 def test_spellings_of_one_conversation(fields):
@@ -50,10 +63,10 @@ def test_roles_are_those_of_templates():
     parsed = turns(
         messages=[
             {"role": "developer", "content": "s"}, USER, {"role": "assistant", "content": "x"},
-            {"role": "tool", "content": "y"}, ASSISTANT,
+            {"role": "tool", "content": "y"}, {"role": "Function", "name": "f", "content": "y"}, ASSISTANT,
         ]
     )  # fmt: skip
-    assert [message.role for message in parsed] == ["system", "user", "assistant", "tool", "assistant"]
+    assert [message.role for message in parsed] == ["system", "user", "assistant", "tool", "tool", "assistant"]
 
 
 def test_alpaca_with_input_system_and_history():
@@ -75,13 +88,20 @@ def test_prompt_and_completion_as_strings_and_as_messages():
     assert parse_row(row(prompt="a", completion="b", references=["b", "c"])) == PromptCompletion("a", "b", ("b", "c"))
     context = turns(prompt=[USER, ASSISTANT, USER], completion=[ASSISTANT])
     assert [message.trained for message in context if message.role == "assistant"] == [False, True]
-    assert "two strings or two lists of messages, found str and list" in refused(prompt="a", completion=[ASSISTANT])
+    assert "'prompt': expected a string or a list of messages, found int" in refused(prompt=1, completion="b")
+    assert "'completion': expected a string or a list of messages, found int" in refused(prompt="a", completion=1)
+
+
+def test_strings_with_tools_are_turns_so_that_the_tools_are_shown():
+    parsed = parse_row(row(prompt="a", completion="b", tools=[{"name": "f"}]))
+    assert (parsed.messages, [tool["function"]["name"] for tool in parsed.tools]) == (TURNS, ["f"])
 
 
 def test_text_and_references():
     assert parse_row(row(text="a")) == PlainText("a")
     assert parse_row(row(messages=[USER, ASSISTANT], references=["b"])).references == ("b",)
-    for bad in ("b", [], [1]):
+    assert parse_row(row(messages=[USER, ASSISTANT], references=[])).references == ()
+    for bad in ("b", [1]):
         assert "'references': expected a list of strings" in refused(messages=[USER, ASSISTANT], references=bad)
 
 
@@ -107,15 +127,37 @@ def test_tool_calls_with_arguments_as_text_or_object():
         parsed = turns(messages=[USER, {"role": "assistant", "content": None, "tool_calls": [call]}])
         assert parsed[1] == Message("assistant", "", (ToolCall("f", {"x": 1}, "1"),))
         assert parsed[1].for_template()["tool_calls"] == [{**call, "function": {"name": "f", "arguments": {"x": 1}}}]
+    for none in ({"arguments": None}, {"arguments": ""}, {}):
+        calls = [{"id": "1", "type": "function", "function": {"name": "f", **none}}]
+        assert turns(messages=[USER, {**ASSISTANT, "tool_calls": calls}])[1].tool_calls == (ToolCall("f", {}, "1"),)
+
+
+@pytest.mark.parametrize(
+    ("returned", "text"),
+    [
+        ({"temp": 21, "sky": "blue é"}, '{"temp":21,"sky":"blue é"}'),
+        ([1, {"a": None}], '[1,{"a":null}]'),
+        ([], "[]"),
+        ([{"type": "text", "text": "x"}, {"type": "text", "text": "y"}], "x\ny"),
+        ('{"temp": 21}', '{"temp": 21}'),
+    ],
+)
+def test_what_a_tool_returned_is_text(returned, text):
+    call = {"role": "assistant", "content": "", "tool_calls": [{"name": "f"}]}
+    parsed = turns(messages=[USER, call, {"role": "tool", "content": returned}, ASSISTANT])
+    assert parsed[2] == Message("tool", text)
+    share_gpt = [{"from": "human", "value": "a"}, {"from": "observation", "value": returned}, ASSISTANT]
+    assert turns(conversations=share_gpt)[1] == Message("tool", text)
+    assert "content: expected a string" in refused(messages=[{**USER, "content": {"temp": 21}}, ASSISTANT])
 
 
 def test_tools_as_text_list_or_bare_description():
     bare = {"name": "f", "parameters": {"type": "object"}}
     wrapped = {"type": "function", "function": bare}
-    for tools in ([wrapped], [bare], json.dumps([bare]), json.dumps([wrapped])):
+    for tools in ([wrapped], [bare], wrapped, bare, *map(json.dumps, ([bare], [wrapped], bare))):
         assert parse_row(row(messages=[USER, ASSISTANT], tools=tools)).tools == (wrapped,)
     assert parse_row(row(messages=[USER, ASSISTANT], tools="")).tools == ()
-    assert "'tools': expected a list" in refused(messages=[USER, ASSISTANT], tools={"name": "f"})
+    assert "'tools': expected a list of tools or one tool" in refused(messages=[USER, ASSISTANT], tools=1)
     assert "a tool needs a function name" in refused(messages=[USER, ASSISTANT], tools=[{"nme": "f"}])
     assert "'tools': not JSON" in refused(messages=[USER, ASSISTANT], tools="[")
 
@@ -132,12 +174,93 @@ def test_share_gpt_function_calls():
     assert parsed[1].tool_calls[0].name == "f"
     assert parsed[1].tool_calls[0].arguments == {"x": 1}
     assert parsed[2] == Message("tool", "y")
+    for as_it_is in (json.loads(value), [json.loads(value)]):
+        conversations[1] = {"from": "Function_Call", "value": as_it_is}
+        assert turns(conversations=conversations) == parsed
     conversations[1]["value"] = f"[{value}, {value}]"
     assert len({call.id for call in turns(conversations=conversations)[1].tool_calls}) == 2
     conversations[1]["value"] = "f(1)"
     assert "'conversations' turn 2: function call: not JSON" in refused(conversations=conversations)
     conversations[1]["value"] = '{"name": "f", "arguments": [1]}'
     assert "arguments of 'f': expected an object" in refused(conversations=conversations)
+
+
+# ---------------------------------------------------------------- rows that end before the answer
+
+HUMAN = {"from": "human", "value": "a"}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"messages": [USER]},
+        {"messages": [USER, {**ASSISTANT, "content": ""}]},
+        {"messages": [USER], "prompt": "a", "prompt_id": "1"},
+        {"conversations": [HUMAN]},
+        {"instruction": "a"},
+        {"instruction": "a", "input": "", "output": ""},
+        {"instruction": "a", "output": None},
+        {"prompt": [USER]},
+        {"prompt": [USER], "completion": []},
+        {"prompt": [USER], "completion": " "},
+    ],
+)
+def test_a_row_may_ask_without_an_answer(fields):
+    asked = parse_prompt(row(**fields, references=["b", "c"]))
+    assert asked == Conversation((Message("user", "a"),), references=("b", "c"))
+    assert not asked.answered
+    with pytest.raises(DataError, match=r"data\.jsonl:1: "):
+        parse_row(row(**fields, references=["b", "c"]))
+
+
+@pytest.mark.parametrize(
+    "fields", [{}, {"completion": None}, {"completion": ""}, {"completion": " \n"}, {"text": "rendered"}]
+)
+def test_a_prompt_as_a_string_may_ask_without_an_answer(fields):
+    asked = parse_prompt(row(prompt="a", references=["b"], **fields))
+    assert asked == PromptCompletion("a", "", ("b",))
+    assert not asked.answered
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"messages": [USER, ASSISTANT]},
+        {"instruction": "a", "output": "b"},
+        {"prompt": "a", "completion": "b"},
+        {"prompt": [USER], "completion": [ASSISTANT]},
+    ],
+)
+def test_a_row_with_an_answer_asks_what_it_trains(fields):
+    asked = parse_prompt(row(**fields))
+    assert asked == parse_row(row(**fields))
+    assert asked.answered
+
+
+def test_turns_after_an_answer_are_asked():
+    assert parse_prompt(row(messages=[USER, ASSISTANT, USER])).messages == (*TURNS, TURNS[0])
+    tool = {"role": "tool", "content": "y"}
+    call = {"role": "assistant", "content": "", "tool_calls": [{"name": "f"}]}
+    asked = parse_prompt(row(messages=[USER, call, tool], tools=[{"name": "f"}]))
+    assert (asked.messages[-1], asked.answered, len(asked.tools)) == (Message("tool", "y"), False, 1)
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"text": "a"}, "a text row has no prompt to answer"),
+        ({"prompt": [USER, ASSISTANT]}, "'prompt' ends with an answer and there is no 'completion': nothing is asked"),
+        ({"prompt": "a", "chosen": "b", "rejected": "c"}, "preference training is not in this version"),
+        ({"prompt": "a", "instruction": "b"}, "could be alpaca or prompt"),
+        ({"message": [USER]}, "did you mean 'messages' for 'message'?"),
+        ({"messages": [{"role": "assistant", "content": ""}]}, "the assistant's content is empty"),
+    ],
+)
+def test_rows_that_ask_nothing(fields, reason):
+    with pytest.raises(DataError) as caught:
+        parse_prompt(row(7, **fields))
+    assert str(caught.value).startswith("data.jsonl:7: ")
+    assert reason in str(caught.value)
 
 
 # ---------------------------------------------------------------- what is refused
@@ -149,6 +272,7 @@ def test_a_row_of_no_schema_names_the_accepted_keys_and_the_nearest():
     assert "did you mean 'messages' for 'message'?" in message
     assert "keys (none) fit no schema" in refused()
     assert "keys instruction fit no schema" in refused(instruction="a", output=None)
+    assert "did you mean" not in refused(prompt="a", references=["b"])
 
 
 def test_a_row_of_two_schemas_is_refused_and_text_is_no_second_one():

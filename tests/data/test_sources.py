@@ -4,7 +4,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from lorakit.data.sources import Origin, Row, read_rows
+from lorakit.data.sources import Origin, Row, located, read_rows
 from lorakit.errors import DataError
 
 
@@ -99,6 +99,22 @@ def test_json_array_wrapped_array_lines_and_a_lone_row(tmp_path):
     assert [row.origin.line for row in read_rows(write(tmp_path, "a.json", json.dumps(rows, indent=1)))] == [1, 2]
 
 
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"instruction": "a", "output": "b"},
+        {"instruction": "a", "output": "b", "tools": [{"name": "f"}]},
+        {"conversations": [{"from": "human", "value": "a"}], "tools": [{"name": "f"}]},
+        {"prompt": "a", "completion": "b"},
+        {"prompt": [{"role": "user", "content": "a"}], "completion": [{"role": "assistant", "content": "b"}]},
+        {"prompt": "a", "references": ["b"]},
+        {"text": "a"},
+    ],
+)
+def test_json_with_one_row_of_any_schema(tmp_path, row):
+    assert fields(write(tmp_path, "a.json", json.dumps(row, indent=1))) == [row]
+
+
 def test_json_without_one_array_of_objects(tmp_path):
     with pytest.raises(DataError, match=r"found several \(train, test\)"):
         read_rows(write(tmp_path, "a.json", '{"train": [{"a": 1}], "test": [{"a": 1}]}'))
@@ -123,6 +139,24 @@ def test_csv_quotes_line_breaks_and_json_cells(tmp_path):
     assert [row.origin.line for row in read_rows(path)] == [2, 4]
 
 
+def test_csv_cells_of_prompt_and_completion_are_messages_or_text(tmp_path):
+    def cell(value):
+        return '"' + (value if isinstance(value, str) else json.dumps(value)).replace('"', '""') + '"'
+
+    call = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]}
+    rows = [
+        ([{"role": "user", "content": "a"}], [{"role": "assistant", "content": "b"}]),
+        ([{"from": "human", "value": "a"}], [call]),
+        ("[INST] a", "[1, 2]"),
+        ("[]", '[{"role": "waiter", "table": 3}]'),
+        ("a", '[{"quantity": 1}, {"role":'),
+    ]
+    path = write(tmp_path, "a.csv", "prompt,completion\n" + "".join(f"{cell(a)},{cell(b)}\n" for a, b in rows))
+    assert [tuple(found.values()) for found in fields(path)] == rows
+    path = write(tmp_path, "b.csv", f"prompt,chosen,rejected\na,{cell(rows[0][1])},b\n")
+    assert fields(path) == [{"prompt": "a", "chosen": rows[0][1], "rejected": "b"}]
+
+
 def test_csv_cells_may_be_long(tmp_path):
     assert fields(write(tmp_path, "a.csv", "text\n" + "a" * 200_000)) == [{"text": "a" * 200_000}]
 
@@ -132,6 +166,8 @@ def test_bad_csv(tmp_path):
         read_rows(write(tmp_path, "a.csv", "prompt,completion\na,b\nc\n"))
     with pytest.raises(DataError, match=r"a\.csv:2: column 'messages': not JSON"):
         read_rows(write(tmp_path, "a.csv", "messages\nhello\n"))
+    with pytest.raises(DataError, match=r"a\.csv:2: column 'completion': not JSON"):  # as str() of a Python list
+        read_rows(write(tmp_path, "a.csv", "prompt,completion\na,\"[{'role': 'user', 'content': 'a'}]\"\n"))
     with pytest.raises(DataError, match="names a column twice"):
         read_rows(write(tmp_path, "a.csv", "text,text\na,b\n"))
     with pytest.raises(DataError, match="not CSV"):
@@ -175,18 +211,78 @@ def test_damaged_parquet(tmp_path):
         read_rows(write(tmp_path, "a.parquet", b"PAR1 nonsense"))
 
 
-def test_a_folder_is_read_as_the_hub_would(tmp_path, monkeypatch):
+def save_data_set(folder, **splits):
+    """A folder as the Hub has them, with splits of any name."""
+    folder.mkdir(parents=True)
+    files = "".join(f"  - split: {split}\n    path: {split}.jsonl\n" for split in splits)
+    (folder / "README.md").write_text(f"---\nconfigs:\n- config_name: default\n  data_files:\n{files}---\n")
+    for split, rows in splits.items():
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """(id, config) -> folder: what the Hub holds, read by `datasets` as it is."""
     import datasets
 
+    held, load = {}, datasets.load_dataset
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, config=None: load(held.get((name, config), name)))
+    return held
+
+
+def test_a_folder_is_read_as_the_hub_would(tmp_path, hub):
     folder = tmp_path / "set"
     folder.mkdir()
     for split, rows in (("train", MESSAGES), ("test", MESSAGES[:1])):
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert fields(folder) == MESSAGES
-    assert fields(folder, split="test") == MESSAGES[:1]
-    with pytest.raises(DataError, match="nor a data set that can be loaded"):
+    assert fields(folder, split="test") == fields(f"{folder}:test") == MESSAGES[:1]
+    with pytest.raises(DataError, match=r"set: has no split nonsense, but train, test: name the one you mean, as in"):
         read_rows(folder, split="nonsense")
+
+
+def test_splits_and_configs_of_a_data_set(tmp_path, hub):
+    one, other = [{"text": "one"}], [{"text": "other"}]
+    hub["owner/name", None] = str(save_data_set(tmp_path / "a", train_sft=one, test_sft=other))
+    hub["owner/name", "main"] = str(save_data_set(tmp_path / "b", train=other, test=one))
+    assert fields("owner/name:train_sft") == fields("owner/name:train_sft", split="test") == one
+    assert fields("owner/name:test_sft") == other
+    assert fields("owner/name/main") == other
+    assert fields("owner/name/main:test") == one
+    assert str(read_rows("owner/name/main:test")[0].origin) == "owner/name/main:test:1"
+    for name, wanted in (("owner/name", "train"), ("owner/name:tset", "tset")):
+        with pytest.raises(DataError) as caught:
+            read_rows(name)
+        assert str(caught.value) == (
+            f"{name}: has no split {wanted}, but train_sft, test_sft: name the one you mean, as in owner/name:train_sft"
+        )
+
+
+def test_of_several_splits_the_first_that_is_there(tmp_path, hub):
+    one, other = [{"text": "one"}], [{"text": "other"}]
+    hub["a/both", None] = str(save_data_set(tmp_path / "a", train=other, test=other, validation=one))
+    hub["a/test", None] = str(save_data_set(tmp_path / "b", train=other, test=one))
+    hub["a/none", None] = str(save_data_set(tmp_path / "c", train=other))
+    assert fields("a/both", split=("validation", "test")) == fields("a/test", split=("validation", "test")) == one
+    with pytest.raises(DataError, match="a/none: has no split validation or test, but train: name the one you mean"):
+        read_rows("a/none", split=("validation", "test"))
+
+
+def test_a_file_has_no_splits(tmp_path):
+    path = write(tmp_path, "a.jsonl", '{"text": "a"}')
+    with pytest.raises(DataError, match=r"a\.jsonl:train: no such file \(did you mean .*a\.jsonl\?"):
+        read_rows(f"{path}:train")
+
+
+def test_located_names_hold_from_any_folder(tmp_path, monkeypatch):
+    write(tmp_path, "a.jsonl", "{}")
+    (tmp_path / "set").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert located("a.jsonl") == str(tmp_path / "a.jsonl")
+    assert located("./set:test") == f"{tmp_path / 'set'}:test"
+    assert located("owner/name/main:test") == "owner/name/main:test"
 
 
 def test_a_data_set_that_cannot_be_had(tmp_path, monkeypatch):

@@ -20,11 +20,22 @@ _LONGEST_RUN = 120  # tokens shown of a stretch that is all trained or all not; 
 
 @verb("check")
 @click.argument("data")
-@click.option("--model", required=True, help="Base model: Hub id, folder, .gguf file, or the alias smollm2.")
-@click.option("--validation", "--valid", help="Validation rows; without, some of DATA are held out, as train does.")
+@click.option(
+    "--model",
+    "--model_name_or_path",
+    required=True,
+    help="Base model: Hub id, folder, .gguf file, or the alias smollm2.",
+)
+@click.option(
+    "--validation",
+    "--valid",
+    "--validation_file",
+    "--eval_file",
+    help="Validation rows; without, some of DATA are held out, as train does.",
+)
 @click.option(
     "--validation_share",
-    type=click.FloatRange(0, 1, max_open=True),
+    type=click.FloatRange(0, 1, min_open=True, max_open=True),
     default=TrainConfig.validation_share,
     show_default=True,
     help="Share of rows held out when no validation file is given.",
@@ -66,30 +77,34 @@ def command(
 ) -> None:
     """Show what a model will see of the rows of DATA, and refuse what would train nothing or the wrong thing.
 
-    DATA is a .jsonl, .json, .csv, .parquet or .txt file, or a Hub data set id. Trained tokens are green and stand
-    between ⟦ and ⟧; │ parts tokens. `lorakit train` passes its rows through the same gate.
+    DATA is a .jsonl, .json, .csv, .parquet or .txt file, or a Hub data set id, owner/name or owner/name:split. Trained
+    tokens are green and stand between ⟦ and ⟧; │ parts tokens. `lorakit train` passes its rows through the same gate.
     """
     from lorakit.data.chat import ChatFormat
-    from lorakit.data.prepare import read_data
+    from lorakit.data.prepare import Data, inspect_data
     from lorakit.models import load_tokenizer, stop_ids
 
     tokenizer = load_tokenizer(model)
     chat_format = ChatFormat(tokenizer, stop_ids(None, tokenizer), max_length, chat_template, train_on)
-    result = read_data(data, validation, validation_share, seed, chat_format)
+    result = inspect_data(data, validation, validation_share, seed, chat_format)
+    tokenizer = result.chat_format.tokenizer
     origins = [row.origin for row in result.train.rows[:rows]]
-    for example in (example for example in result.train.examples if example.origin in origins):
+    shown = [example for example in result.train.examples if example.origin in origins]
+    for example in shown:
         console.print(_title(example), style="bold")
-        console.print(as_seen(example, chat_format.tokenizer))
+        console.print(as_seen(example, tokenizer))
         console.print()
     for line in result.lines():
         console.print(line)
     given = {
-        "model": model, "validation": validation, "validation_share": validation_share, "seed": seed,
-        "max_length": max_length, "chat_template": chat_template, "train_on": train_on,
+        "model": model, "validation": validation if isinstance(result, Data) else "FILE",
+        "validation_share": validation_share, "seed": seed, "max_length": max_length, "chat_template": chat_template,
+        "train_on": train_on,
     }  # fmt: skip
     flags = [f"--{name} {value}" for name, value in given.items() if value != getattr(TrainConfig, name, None)]
     console.print(f"ok     these rows can be trained on: lorakit train {data} {' '.join(flags)} --output runs/NAME")
-    emit({"ok": True, **result.statistics()}, as_json)
+    listed = [{"origin": str(example.origin), "tokens": _tokens(example, tokenizer)} for example in shown]
+    emit({"ok": True, **result.statistics(), "rows": listed}, as_json)
 
 
 def _title(example: Example) -> str:
@@ -104,7 +119,7 @@ def _title(example: Example) -> str:
 def as_seen(example: Example, tokenizer: Any) -> Text:
     """Every token of an example, parted by │; trained ones green and between ⟦ and ⟧; a line break shows as ⏎ too."""
     text = Text()
-    pieces = list(_pieces(example.ids, example.trained, tokenizer))
+    pieces = [(shown.replace("\n", "⏎\n"), trained) for _, shown, trained in _pieces(example, tokenizer)]
     for trained, run in groupby(pieces, key=lambda piece: piece[1]):
         style = "green" if trained else ""
         if trained:
@@ -124,8 +139,18 @@ def _shortened(pieces: list[str]) -> list[str]:
     return [*pieces[:half], f" … {len(pieces) - 2 * half:,} tokens … ", *pieces[-half:]]
 
 
-def _pieces(ids: Sequence[int], trained: Sequence[bool], tokenizer: Any) -> Iterator[tuple[str, bool]]:
-    """(text, trained) of each token; tokens that hold parts of one character come as one piece."""
+def _tokens(example: Example, tokenizer: Any) -> list[tuple[int, str, bool]]:
+    """(id, text, trained) of each token; a character of several tokens stands with the last of them."""
+    return [
+        (token, text if place == len(ids) - 1 else "", trained)
+        for ids, text, trained in _pieces(example, tokenizer)
+        for place, token in enumerate(ids)
+    ]
+
+
+def _pieces(example: Example, tokenizer: Any) -> Iterator[tuple[list[int], str, bool]]:
+    """(ids, text, trained) of each token; tokens that hold parts of one character come as one piece."""
+    ids, trained = example.ids, example.trained
 
     def decode(part: Sequence[int]) -> str:
         return str(tokenizer.decode(part, skip_special_tokens=False, clean_up_tokenization_spaces=False))
@@ -137,5 +162,5 @@ def _pieces(ids: Sequence[int], trained: Sequence[bool], tokenizer: Any) -> Iter
         text = decode([*before, *ids[start:end]])[len(decode(before)) if before else 0 :]
         whole_character = "\ufffd" not in text or end - start >= 4
         if whole_character or end == len(ids) or trained[end] != trained[start]:
-            yield text.replace("\n", "⏎\n"), trained[start]
+            yield ids[start:end], text, trained[start]
             start = end

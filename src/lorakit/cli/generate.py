@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import click
 
 from lorakit.cli.common import console, emit, verb
-from lorakit.cli.loading import load_subject, model_options, sampling_options
+from lorakit.cli.loading import load_subject, subject_options
 from lorakit.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -26,15 +26,13 @@ class _Request(NamedTuple):
 
 
 @verb("generate")
-@model_options
-@click.option("--adapter", metavar="FOLDER", help="Adapter to answer with.")
+@subject_options
 @click.option("--prompt", "prompts", multiple=True, metavar="TEXT", help="Prompt; may be given again.")
 @click.option(
-    "--file", metavar="FILE", help=".txt: a prompt a line; .jsonl and the like: rows with messages or prompt."
+    "--file", metavar="FILE", help=".txt: a prompt a line; else rows as for training, with or without answers."
 )
 @click.option("--system", metavar="TEXT", help="System message before each prompt given as text.")
 @click.option("--raw", is_flag=True, help="Continue the text as it is: no chat template.")
-@sampling_options
 @click.option("--batch-size", type=int, default=32, show_default=True, help="Prompts answered at once.")
 @click.option("--output", metavar="FILE.jsonl", help="Write prompts and answers here, one JSON object a line.")
 def command(
@@ -57,7 +55,8 @@ def command(
 ) -> None:
     """Answer prompts from --prompt, --file, or standard input (a prompt a line). Answers go to stdout.
 
-    A row of --file that ends with an answer is asked for that answer anew.
+    A row of --file is of any kind that can be trained on (but plain text), and may end before the answer; one that ends
+    with an answer is asked for that answer anew.
     """
     from lorakit.data.sources import each_row
     from lorakit.files import JsonLines
@@ -67,19 +66,20 @@ def command(
     if raw and system is not None:
         raise ConfigError("--system needs a chat template, --raw leaves it out: give one of them")
     subject = load_subject(model, adapter, "none" if raw else chat_template, dtype, device)
-    requests = [_from_text(subject.chat_format, text, system) for text in texts]
-    from_row = functools.partial(_from_row, subject.chat_format)
+    chat_format = subject.chat_format.for_rows(rows)
+    requests = [_from_text(chat_format, text, system) for text in texts]
+    from_row = functools.partial(_from_row, chat_format)
     requests += each_row(from_row, rows, "{bad} of {all} rows cannot be answered")
     completions = generate(
         subject.model,
-        subject.chat_format.tokenizer,
+        chat_format.tokenizer,
         [request.ids for request in requests],
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         top_p=top_p,
         seed=seed,
         batch_size=batch_size,
-        stop_ids=subject.chat_format.stop_ids,
+        stop_ids=chat_format.stop_ids,
     )
     answers = [
         {
@@ -113,9 +113,10 @@ def _asked(prompts: tuple[str, ...], file: str | None) -> tuple[list[str], list[
         if sys.stdin.isatty():
             raise ConfigError("nothing to answer: give --prompt TEXT, --file FILE, or lines on standard input")
         return _lines(sys.stdin.read(), "standard input"), []
-    if Path(file).suffix.lower() == ".txt" and Path(file).is_file():
-        return _lines(Path(file).read_text("utf-8-sig"), file), []
-    return [], read_rows(file)
+    rows = read_rows(file)
+    if Path(file).suffix.lower() == ".txt":
+        return _lines(str(rows[0].fields["text"]), file), []
+    return [], rows
 
 
 def _lines(text: str, where: str) -> list[str]:
@@ -133,14 +134,12 @@ def _from_text(chat_format: ChatFormat, text: str, system: str | None) -> _Reque
 
 
 def _from_row(chat_format: ChatFormat, row: Row) -> _Request:
-    """A row for training is asked for its last answer; a prompt or turns without an answer as they are."""
-    turns, prompt = row.fields.get("messages"), row.fields.get("prompt")
-    if isinstance(turns, list) and turns and isinstance(turns[-1], dict) and turns[-1].get("role") != "assistant":
-        ids = chat_format.prompt_ids(turns, row.fields.get("tools"))
-        return _Request(ids, str(turns[-1].get("content")))
-    if prompt is not None and not row.fields.keys() & {"completion", "chosen"}:
-        return _Request(chat_format.prompt_ids(prompt), prompt if isinstance(prompt, str) else str(row.origin))
-    return _Request(chat_format.prompt(row).ids, str(row.origin))
+    """A row that ends with an answer is recognised by its place, one that asks by its last turn."""
+    from lorakit.data.schema import PromptCompletion, parse_prompt
+
+    asked = parse_prompt(row)
+    question = asked.prompt if isinstance(asked, PromptCompletion) else asked.messages[-1].content
+    return _Request(chat_format.ids_before_answer(asked), str(row.origin) if asked.answered else question)
 
 
 def _one_line(text: str, length: int = 60) -> str:

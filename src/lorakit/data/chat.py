@@ -9,6 +9,9 @@ Turns of a conversation share one sequence as long as the tokens so far are a pr
 template rewrites the history (strips think blocks, ends only the last turn), they are not; the later turn then gets an
 example of its own. So every trained token has exactly the context it will have in serving, and every trained turn is
 trained once.
+
+A template that prints today's date has one fixed day in rows (`rendering.dated`): what is trained and measured is the
+same tomorrow. Prompts that somebody asks (`prompt_ids`, `ids_before_answer`) have today's.
 """
 
 from __future__ import annotations
@@ -20,12 +23,16 @@ from itertools import pairwise
 from typing import Any, Literal
 
 from lorakit.data.rendering import (
+    FIXED_DAY,
     check_continuation,
     check_prompt,
     choose_template,
+    dated,
     render,
+    shows_tools,
     starts_with_bos,
     with_template,
+    writes_chatml,
 )
 from lorakit.data.schema import (
     Conversation,
@@ -33,6 +40,7 @@ from lorakit.data.schema import (
     PlainText,
     PromptCompletion,
     parse_messages,
+    parse_prompt,
     parse_row,
     parse_tools,
 )
@@ -40,6 +48,7 @@ from lorakit.data.sources import Origin, Row
 from lorakit.errors import ConfigError, DataError, ModelError
 from lorakit.models import stop_ids as find_stop_ids
 
+_NO_PROMPT = "the first turn is the assistant's: there is no prompt that it answers"
 PROMPT_SHARE = 4  # of a row that must be cut, the prompt keeps at least one part in four before the answer is cut
 
 
@@ -135,11 +144,13 @@ class ChatFormat:
         self.template = choose_template(tokenizer, chat_template)
         self.template_origin = _origin_of(chat_template, self.template)
         self.tokenizer = with_template(tokenizer, self.template)
+        self._dated = with_template(tokenizer, None if self.template is None else dated(self.template))
         self.stop_ids = stop_ids | find_stop_ids(None, self.tokenizer)
         if not self.stop_ids:
             raise ModelError("the tokenizer names no end token (eos_token), so no answer could end")
         self.max_length = max_length
         self.train_on = train_on
+        self._choice = chat_template
         eos = tokenizer.eos_token_id
         self._eos: int = min(self.stop_ids) if eos is None else eos
         self._start: list[int] = [tokenizer.bos_token_id] if starts_with_bos(tokenizer) else []
@@ -167,25 +178,68 @@ class ChatFormat:
         except DataError as error:
             raise DataError(f"{row.origin}: {error}") from error
 
+    def for_rows(self, rows: Sequence[Row]) -> ChatFormat:
+        """This format, or the one with `chatml-tools` if rows have tools or calls that this one leaves out.
+
+        Only where the template is left to us ("auto") and the tokenizer's own is ChatML itself, so that turns stay
+        written as the model knows them; elsewhere such rows are refused.
+        """
+        if self._choice != "auto" or self.template is None:
+            return self
+        tools, calls = shows_tools(self.tokenizer)
+
+        def loses_tools(row: Row) -> bool:
+            try:
+                asked = parse_prompt(row)
+            except DataError:
+                return False  # whoever reads the row says what is wrong with it
+            if isinstance(asked, PromptCompletion):
+                return False
+            return bool(asked.tools and not tools) or (asked.calls_tools and not calls)
+
+        if (tools and calls) or not writes_chatml(self.tokenizer) or not any(map(loses_tools, rows)):
+            return self
+        chosen = ChatFormat(self.tokenizer, self.stop_ids, self.max_length, "chatml-tools", self.train_on)
+        chosen.template_origin = "chatml-tools, since the tokenizer's own shows no tools"
+        return chosen
+
     def prompt(self, row: Row) -> Prompt:
-        """The context of a row's last assistant turn, and what it should answer.
+        """The context of a row's last answer, and what is accepted there: the row's references, else its own answer.
+
+        A row with references may end before that answer.
 
         Raises:
-            DataError: the row has no prompt (a text row), or cannot be rendered; begins with its file and line.
+            DataError: the row has no prompt (a text row), neither answer nor references, or cannot be rendered; begins
+                with its file and line.
         """
-        parsed = parse_row(row)
-        if isinstance(parsed, PlainText):
-            raise DataError(f"{row.origin}: a text row has no prompt to answer")
+        asked = parse_prompt(row)
         try:
-            if isinstance(parsed, PromptCompletion) and self.template is None:
-                ids = self._plain(parsed.prompt)
-                return Prompt(ids, parsed.references or (parsed.completion,), row.origin)
-            conversation = _as_conversation(parsed) if isinstance(parsed, PromptCompletion) else parsed
-            turn, last = self._turn(conversation, len(conversation.messages) - 1), conversation.messages[-1]
+            if not asked.answered and not asked.references:
+                asked = _until_last_answer(asked)
+            if isinstance(asked, PromptCompletion):
+                if self.template is None:
+                    return Prompt(self._plain(asked.prompt), asked.references or (asked.completion,), row.origin)
+                asked = _as_conversation(asked)
+            if not asked.answered:
+                return Prompt(self._asked(asked.messages, asked.tools, self._dated), asked.references, row.origin)
+            turn, last = self._turn(asked, len(asked.messages) - 1), asked.messages[-1]
             answer = turn.text if last.tool_calls else last.content
-            return Prompt(turn.prompt, conversation.references or (answer,), row.origin)
+            return Prompt(turn.prompt, asked.references or (answer,), row.origin)
         except DataError as error:
             raise DataError(f"{row.origin}: {error}") from error
+
+    def ids_before_answer(self, asked: Conversation | PromptCompletion) -> list[int]:
+        """Ids of what a row asks (`schema.parse_prompt`): all that stands before its last answer, if it has one.
+
+        Raises:
+            DataError: nothing stands before it, the template refuses the messages, or there is none.
+        """
+        if isinstance(asked, PromptCompletion):
+            return self.prompt_ids(asked.prompt)
+        messages = asked.messages[:-1] if asked.answered else asked.messages
+        if not messages:
+            raise DataError(_NO_PROMPT)
+        return self._asked(messages, asked.tools, self.tokenizer)
 
     def prompt_ids(self, prompt: str | Sequence[Mapping[str, Any]], tools: Any = None) -> list[int]:
         """Ids of a prompt without an answer: messages, or a string (one user turn; plain text without a template).
@@ -201,10 +255,13 @@ class ChatFormat:
             if self.template is None:
                 return self._plain(prompt)
             prompt = [{"role": "user", "content": prompt}]
-        messages, known_tools = parse_messages(list(prompt)), parse_tools(tools)
+        return self._asked(parse_messages(list(prompt)), parse_tools(tools), self.tokenizer)
+
+    def _asked(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], tokenizer: Any) -> list[int]:
+        """Ids of messages with the template's generation prompt."""
         self._require_template()
-        text = render(self.tokenizer, messages, known_tools, add_generation_prompt=True)
-        check_prompt(text, messages, known_tools)
+        text = render(tokenizer, messages, tools, add_generation_prompt=True)
+        check_prompt(text, messages, tools)
         return self._ids(text)
 
     # ------------------------------------------------------------ turns
@@ -227,13 +284,13 @@ class ChatFormat:
         messages, tools = conversation.messages, conversation.tools
         message, context = messages[place], messages[:place]
         if not context:
-            raise DataError("the first turn is the assistant's: there is no prompt that it answers")
+            raise DataError(_NO_PROMPT)
         arguments = [json.dumps(dict(call.arguments), ensure_ascii=False) for call in message.tool_calls]
         for text in self._stop_texts:
             if any(text in said for said in (message.content, message.reasoning or "", *arguments)):
                 raise DataError(f"turn {place + 1}: the answer holds {text!r}, at which generation stops; remove it")
-        prompt = render(self.tokenizer, context, tools, add_generation_prompt=True)
-        full = render(self.tokenizer, messages[: place + 1], tools, add_generation_prompt=False)
+        prompt = render(self._dated, context, tools, add_generation_prompt=True)
+        full = render(self._dated, messages[: place + 1], tools, add_generation_prompt=False)
         if not full.startswith(prompt):
             raise DataError(_mismatch(prompt, full, place))
         continuation = full[len(prompt) :]
@@ -270,7 +327,7 @@ class ChatFormat:
         if system:
             try:
                 text = render(
-                    self.tokenizer, conversation.messages[:system], conversation.tools, add_generation_prompt=False
+                    self._dated, conversation.messages[:system], conversation.tools, add_generation_prompt=False
                 )
                 beginning = self._ids(text)
             except DataError:
@@ -351,14 +408,25 @@ class ChatFormat:
 
 
 def _as_conversation(pair: PromptCompletion) -> Conversation:
-    """Strings with a chat template are one user turn and one assistant turn."""
-    return Conversation((Message("user", pair.prompt), Message("assistant", pair.completion)), (), pair.references)
+    """Strings with a chat template are one user turn and one assistant turn, if there is a completion."""
+    turns = (Message("user", pair.prompt), Message("assistant", pair.completion))
+    return Conversation(turns if pair.answered else turns[:1], (), pair.references)
+
+
+def _until_last_answer(asked: Conversation | PromptCompletion) -> Conversation:
+    """Without the turns that follow the last answer, to which nothing can be compared."""
+    messages = asked.messages if isinstance(asked, Conversation) else ()
+    ends = [number for number, message in enumerate(messages, 1) if message.role == "assistant"]
+    if isinstance(asked, PromptCompletion) or not ends:
+        raise DataError("has no answer, and no 'references' that an answer could be compared with")
+    return replace(asked, messages=messages[: ends[-1]])
 
 
 def _origin_of(chat_template: str, template: str | None) -> str:
     if template is None:
         return "none"
-    return "the tokenizer's own" if chat_template == "auto" else chat_template
+    origin = "the tokenizer's own" if chat_template == "auto" else chat_template
+    return origin if dated(template) == template else f"{origin}, dated {FIXED_DAY:%d %B %Y}"
 
 
 def _common_length(one: Sequence[Any], other: Sequence[Any]) -> int:

@@ -20,6 +20,7 @@ from lorakit.errors import DataError, bullet_list
 
 _UNTRAINABLE = "{bad} row(s) cannot be trained on"
 
+VALIDATION_SPLITS = ("validation", "test")  # of a data set that is named for validation, the first that it has
 MOST_HELD_OUT = 500  # rows: a validation loss is known to a few per cent then, and evaluations stay cheap
 
 
@@ -46,10 +47,27 @@ class Overlap:
 
 
 @dataclass(frozen=True)
-class Data:
-    """Training and validation rows of a run, past the gate."""
+class TrainingData:
+    """Training rows past the gate, without validation rows: none were given, and these leave none to hold out."""
 
     train: Dataset
+    chat_format: ChatFormat
+    """What made the tokens: the one given, or the one that shows the rows' tools."""
+
+    def statistics(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {"training": self.train.statistics.to_dict(), "validation": None, "overlap": None}
+
+    def lines(self) -> tuple[str, ...]:
+        """What a person should know, a few lines."""
+        need = f"train will need --validation FILE: {_nothing_held_out(self.train.rows)}"
+        return (*summary(self.train.statistics), f"note   {need}")
+
+
+@dataclass(frozen=True)
+class Data(TrainingData):
+    """Training and validation rows of a run, past the gate."""
+
     valid: Dataset
     held_out: bool
     """Whether the validation rows were taken from the training rows' source."""
@@ -124,22 +142,40 @@ def read_data(
     """Training and validation rows, past the gate.
 
     Args:
-        data: see `read_rows`.
-        validation: likewise; None holds out `share` of `data`.
+        data: see `read_rows`; of a data set, the split `train` unless it names another.
+        validation: likewise, but the split `validation`, or else `test`; None holds out `share` of `data`.
         share: of the rows held out.
         seed: of the choice.
-        chat_format: makes the tokens.
+        chat_format: makes the tokens; `Data.chat_format` is the one that did.
 
     Raises:
-        DataError: with the reasons, see `prepare` and `split`.
+        DataError: with the reasons, see `prepare`; or no validation rows are given and none can be held out.
+    """
+    found = inspect_data(data, validation, share, seed, chat_format)
+    if not isinstance(found, Data):
+        raise DataError(f"{data}: {_nothing_held_out(found.train.rows)}; give validation rows with --validation FILE")
+    return found
+
+
+def inspect_data(
+    data: str | Path, validation: str | Path | None, share: float, seed: int, chat_format: ChatFormat
+) -> TrainingData:
+    """As `read_data`, but where no validation rows can be held out, the training rows alone.
+
+    Raises:
+        DataError: with the reasons, see `prepare`.
     """
     rows = read_rows(data)
     if validation is None:
         train_rows, valid_rows = split(rows, share, seed)
     else:
-        train_rows, valid_rows = rows, read_rows(validation)
-    train, valid = prepare(train_rows, chat_format), prepare(valid_rows, chat_format)
-    return Data(train, valid, validation is None, overlap(train_rows, valid_rows))
+        train_rows, valid_rows = rows, read_rows(validation, VALIDATION_SPLITS)
+    chat_format = chat_format.for_rows([*train_rows, *valid_rows])
+    train = prepare(train_rows, chat_format)
+    if not valid_rows:
+        return TrainingData(train, chat_format)
+    shared = overlap(train_rows, valid_rows)
+    return Data(train, chat_format, prepare(valid_rows, chat_format), validation is None, shared)
 
 
 def split(rows: Sequence[Row], share: float, seed: int) -> tuple[list[Row], list[Row]]:
@@ -154,22 +190,26 @@ def split(rows: Sequence[Row], share: float, seed: int) -> tuple[list[Row], list
         seed: another seed holds out other rows.
 
     Returns:
-        (training rows, validation rows), each in the order given.
+        (training rows, validation rows), each in the order given; no validation rows where all rows say the same.
 
     Raises:
-        DataError: bad rows, or rows that are all the same.
+        DataError: bad rows.
     """
     parsed = each_row(parse_row, rows, _UNTRAINABLE)
     if len(rows) == 1 and isinstance(parsed[0], PlainText):
         return _split_document(rows[0], parsed[0].text, share)
     wanted = min(max(round(share * len(rows)), 1), MOST_HELD_OUT, len(rows) - 1)
     held_out = _choose([_prompt_of(each) for each in parsed], wanted, seed) or _choose(parsed, wanted, seed)
-    if not held_out:
-        raise DataError(
-            f"no validation rows can be held out of {len(rows)} row(s) that all say the same; use --validation FILE"
-        )
     train = [row for number, row in enumerate(rows) if number not in held_out]
     return train, [row for number, row in enumerate(rows) if number in held_out]
+
+
+def _nothing_held_out(rows: Sequence[Row]) -> str:
+    """Why `split` found no validation rows."""
+    which = "one row" if len(rows) == 1 else f"{len(rows):,} rows that all say the same"
+    if len(rows) == 1 and isinstance(parse_row(rows[0]), PlainText):
+        which = "one text without a line break or a space between words"
+    return f"no validation rows can be held out of {which}"
 
 
 def _choose(keys: Sequence[Hashable], wanted: int, seed: int) -> set[int]:
@@ -185,12 +225,19 @@ def _choose(keys: Sequence[Hashable], wanted: int, seed: int) -> set[int]:
 
 
 def _split_document(row: Row, text: str, share: float) -> tuple[list[Row], list[Row]]:
-    """The end of a document, from the line break next to its last `share`."""
-    place = text.find("\n", int(len(text) * (1 - share))) + 1
-    if not text[:place].strip() or not text[place:].strip():
-        raise DataError(f"{row.origin}: no validation text can be cut from its end; use --validation FILE")
-    end = Origin(row.origin.file, row.origin.line + text.count("\n", 0, place))
-    return [Row(row.origin, {"text": text[:place]})], [Row(end, {"text": text[place:]})]
+    """A document and its last `share`, parted at the nearest line break.
+
+    A space will do where all line breaks are in the first half: validation is the smaller part.
+    """
+    begin, end = len(text) - len(text.lstrip()), len(text.rstrip())
+    cut = min(max(int(len(text) * (1 - share)), begin), end)
+    for mark, least in (("\n", max(begin, len(text) // 2)), (" ", begin), ("\n", begin)):
+        places = [text.rfind(mark, least, cut), text.find(mark, cut, end)]
+        if found := [place + 1 for place in places if place >= begin]:
+            place = min(found, key=lambda place: abs(place - cut))
+            rest = Origin(row.origin.file, row.origin.line + text.count("\n", 0, place))
+            return [Row(row.origin, {"text": text[:place]})], [Row(rest, {"text": text[place:]})]
+    return [row], []
 
 
 def overlap(train: Sequence[Row], valid: Sequence[Row]) -> Overlap:

@@ -8,16 +8,26 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from lorakit.data.schema import Message
+from lorakit.data.schema import Message, ToolCall
 from lorakit.errors import ConfigError, DataError, nearest
 
 TOOLS_ADVICE = "use a template that does, e.g. --chat-template chatml-tools"
+
+FIXED_DAY = datetime(2024, 7, 26)  # the day Llama 3's template names where it has no clock
+_TODAY = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")
+
+_ASKED = (Message("system", "Be brief."), Message("user", "A question?"))
+_PLAIN_TURNS = (*_ASKED, Message("assistant", "An answer."), Message("user", "And then?"))
+_TOOL = {"type": "function", "function": {"name": "probe_tool", "description": "", "parameters": {"type": "object"}}}
+_CALL = Message("assistant", "", (ToolCall("probe_call", {}, "call_1"),))
 
 
 @cache
@@ -70,6 +80,36 @@ def with_template(tokenizer: Any, template: str | None) -> Any:
     tokenizer = copy.copy(tokenizer)
     tokenizer.chat_template = template
     return tokenizer
+
+
+def dated(template: str) -> str:
+    """The template with today's date, where it asks the clock for it, replaced by `FIXED_DAY`.
+
+    Training rows are rendered so: a run that is resumed tomorrow has the tokens it began with.
+    """
+    return _TODAY.sub(lambda call: json.dumps(FIXED_DAY.strftime(call[2])), template)
+
+
+def writes_chatml(tokenizer: Any) -> bool:
+    """Whether the tokenizer's template writes turns without tools as `chatml-tools` does: same markers, same end."""
+    other = with_template(tokenizer, choose_template(tokenizer, "chatml-tools"))
+    try:
+        own, theirs = (render(each, _PLAIN_TURNS, (), add_generation_prompt=True) for each in (tokenizer, other))
+    except DataError:
+        return False
+    return own == theirs
+
+
+def shows_tools(tokenizer: Any) -> tuple[bool, bool]:
+    """Whether the tokenizer's template shows (tools, the assistant's calls of them)."""
+
+    def shown(name: str, messages: Sequence[Message]) -> bool:
+        try:
+            return name in render(tokenizer, messages, [_TOOL], add_generation_prompt=False)
+        except DataError:
+            return False
+
+    return shown("probe_tool", _ASKED), shown("probe_call", [*_ASKED, _CALL])
 
 
 def render(

@@ -5,15 +5,19 @@
 | messages      | messages (OpenAI: role, content, tool_calls), tools   | Conversation       |
 | conversations | conversations (ShareGPT: from, value), tools, system  | Conversation       |
 | alpaca        | instruction, output, and input, system, history       | Conversation       |
-| prompt        | prompt, completion (strings, or lists of messages)    | PromptCompletion, Conversation |
+| prompt        | prompt, completion (text, lists of messages), tools   | PromptCompletion, Conversation |
 | text          | text                                                  | PlainText          |
 
 Any row may carry `references`; other keys are ignored. `text` beside another schema's keys is ignored too: published
 sets often carry their rows' rendering under that name.
+
+`parse_row` wants an answer to train on. `parse_prompt` takes rows that end before it as well, and rows without `output`
+or `completion`: those are asked.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -24,14 +28,20 @@ from lorakit.files import parse_json
 
 ROLES = {
     "system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool",
+    "function": "tool",
     "human": "user", "gpt": "assistant", "chatgpt": "assistant", "function_call": "assistant", "observation": "tool",
 }  # fmt: skip
-"""Role as written (OpenAI's, then ShareGPT's) -> role in templates, which know `developer` by its older name."""
+"""Role as written (OpenAI's, then ShareGPT's), in lower case -> role in templates, where developer is `system`."""
 
 _WRITTEN = {
     "messages": ("messages",), "conversations": ("conversations",), "alpaca": ("instruction", "output"),
     "prompt": ("prompt", "completion"), "preference": ("chosen", "rejected"), "text": ("text",),
 }  # fmt: skip
+_ASKED = {"alpaca": ("instruction",), "prompt": ("prompt",)}  # what is left of these where the answer is not there
+
+_BESIDE = {"tools", "system", "input", "history", "references"}  # keys that stand beside those
+
+_PART_TYPES = {"text", "image", "image_url", "input_audio", "file"}  # of OpenAI's content parts
 
 
 @dataclass(frozen=True)
@@ -71,7 +81,7 @@ class Message:
 
 @dataclass(frozen=True)
 class Conversation:
-    """Turns, of which the last is the assistant's."""
+    """Turns, of which the last is the assistant's; from `parse_prompt`, it may be one that awaits an answer."""
 
     messages: tuple[Message, ...]
     tools: tuple[Mapping[str, Any], ...] = ()
@@ -83,6 +93,16 @@ class Conversation:
     dropped_turns: int = 0
     """Turns after the assistant's last one, which train nothing and are left out."""
 
+    @property
+    def answered(self) -> bool:
+        """Whether it ends with an answer."""
+        return self.messages[-1].role == "assistant"
+
+    @property
+    def calls_tools(self) -> bool:
+        """Whether the assistant calls a tool in it."""
+        return any(message.tool_calls for message in self.messages)
+
 
 @dataclass(frozen=True)
 class PromptCompletion:
@@ -90,7 +110,14 @@ class PromptCompletion:
 
     prompt: str
     completion: str
+    """Empty only from `parse_prompt`, where there is none."""
+
     references: tuple[str, ...] = ()
+
+    @property
+    def answered(self) -> bool:
+        """Whether there is a completion."""
+        return bool(self.completion)
 
 
 @dataclass(frozen=True)
@@ -103,8 +130,12 @@ class PlainText:
 Parsed = Conversation | PromptCompletion | PlainText
 
 
-def schema_of(fields: Mapping[str, Any]) -> str:
+def schema_of(fields: Mapping[str, Any], *, answered: bool = True) -> str:
     """The schema's name in the table above, or "preference".
+
+    Args:
+        fields: of a row.
+        answered: whether the keys of the answer must be there.
 
     Raises:
         DataError: no schema fits, or two do.
@@ -113,6 +144,8 @@ def schema_of(fields: Mapping[str, Any]) -> str:
     found = [name for name, keys in _WRITTEN.items() if present.issuperset(keys)]
     if len(found) > 1 and "text" in found:
         found.remove("text")
+    if not answered and found in ([], ["text"]):
+        found = [name for name, keys in _ASKED.items() if present.issuperset(keys)] or found
     if len(found) == 1:
         return found[0]
     accepted = "; ".join(" + ".join(keys) for name, keys in _WRITTEN.items() if name != "preference")
@@ -121,7 +154,8 @@ def schema_of(fields: Mapping[str, Any]) -> str:
             f"could be {' or '.join(found)}: keep the keys of one of them ({', '.join(sorted(present))} given)"
         )
     known = {key for keys in _WRITTEN.values() for key in keys}
-    guesses = [f"{guess[0]!r} for {key!r}" for key in sorted(present - known) if (guess := nearest(key, known, 1))]
+    strange = sorted(present - known - _BESIDE)
+    guesses = [f"{guess[0]!r} for {key!r}" for key in strange if (guess := nearest(key, known, 1))]
     hint = f"; did you mean {', '.join(guesses)}?" if guesses else ""
     raise DataError(f"keys {', '.join(sorted(present)) or '(none)'} fit no schema (accepted: {accepted}){hint}")
 
@@ -133,30 +167,45 @@ def parse_row(row: Row) -> Parsed:
         DataError: begins with the row's file and line.
     """
     try:
-        return _PARSERS[schema_of(row.fields)](row.fields)
+        return _PARSERS[schema_of(row.fields)](row.fields, True)
     except DataError as error:
         raise DataError(f"{row.origin}: {error}") from None
 
 
+def parse_prompt(row: Row) -> Conversation | PromptCompletion:
+    """What a row asks. It may end before the answer (`answered` says so); turns after an earlier answer stay.
+
+    Raises:
+        DataError: the row fits no schema or asks nothing, as a text row; begins with the row's file and line.
+    """
+    try:
+        parsed = _PARSERS[schema_of(row.fields, answered=False)](row.fields, False)
+    except DataError as error:
+        raise DataError(f"{row.origin}: {error}") from None
+    assert not isinstance(parsed, PlainText)
+    return parsed
+
+
 # ---------------------------------------------------------------- one function a schema
+# `answered`: whether there must be an answer to train on
 
 
-def _messages(fields: Mapping[str, Any]) -> Conversation:
-    return _with_system(parse_messages(fields["messages"], "messages"), fields)
+def _messages(fields: Mapping[str, Any], answered: bool) -> Conversation:
+    return _with_system(parse_messages(fields["messages"], "messages"), fields, answered)
 
 
-def _share_gpt(fields: Mapping[str, Any]) -> Conversation:
-    return _with_system(parse_messages(fields["conversations"], "conversations"), fields)
+def _share_gpt(fields: Mapping[str, Any], answered: bool) -> Conversation:
+    return _with_system(parse_messages(fields["conversations"], "conversations"), fields, answered)
 
 
-def _with_system(messages: list[Message], fields: Mapping[str, Any]) -> Conversation:
+def _with_system(messages: list[Message], fields: Mapping[str, Any], answered: bool) -> Conversation:
     system = _system(fields)
     if system and messages[0].role == "system":
         raise DataError("has a 'system' key and a system turn: keep one")
-    return _conversation([*system, *messages], fields)
+    return _conversation([*system, *messages], fields, answered)
 
 
-def _alpaca(fields: Mapping[str, Any]) -> Conversation:
+def _alpaca(fields: Mapping[str, Any], answered: bool) -> Conversation:
     question, extra = _string(fields, "instruction"), _string(fields, "input")
     messages = _system(fields)
     history = fields.get("history") or []
@@ -168,38 +217,43 @@ def _alpaca(fields: Mapping[str, Any]) -> Conversation:
         messages += [Message("user", pair[0]), Message("assistant", pair[1])]
     messages.append(Message("user", f"{question}\n\n{extra}" if extra.strip() else question))
     messages.append(Message("assistant", _string(fields, "output")))
-    return _conversation(messages, fields)
+    return _conversation(messages, fields, answered)
 
 
-def _prompt(fields: Mapping[str, Any]) -> Conversation | PromptCompletion:
-    prompt, completion = fields["prompt"], fields["completion"]
-    if isinstance(prompt, str) and isinstance(completion, str):
-        if not completion.strip():
+def _prompt(fields: Mapping[str, Any], answered: bool) -> Conversation | PromptCompletion:
+    prompt, completion = fields["prompt"], fields.get("completion")
+    if not completion or (isinstance(completion, str) and not completion.strip()):
+        if answered:
             raise DataError("'completion' is empty: nothing to train")
+        completion = ""
+    if isinstance(prompt, str) and isinstance(completion, str) and not fields.get("tools"):
         return PromptCompletion(prompt, completion, _references(fields))
-    if not isinstance(prompt, list) or not isinstance(completion, list):
-        kinds = f"{type(prompt).__name__} and {type(completion).__name__}"
-        raise DataError(f"'prompt' and 'completion' must be two strings or two lists of messages, found {kinds}")
-    turns = parse_messages(prompt, "prompt")
-    context = [replace(message, trained=message.role != "assistant") for message in turns]
-    return _conversation([*context, *parse_messages(completion, "completion")], fields)
+    turns = _turns(prompt, "prompt", "user")
+    messages = [replace(message, trained=message.role != "assistant") for message in turns]  # context
+    if completion:
+        messages += _turns(completion, "completion", "assistant")
+    elif messages[-1].role == "assistant":
+        raise DataError("'prompt' ends with an answer and there is no 'completion': nothing is asked")
+    return _conversation(messages, fields, answered)
 
 
-def _preference(fields: Mapping[str, Any]) -> Parsed:
+def _preference(fields: Mapping[str, Any], answered: bool) -> Parsed:
     raise DataError(
         "is a preference row (chosen, rejected); preference training is not in this version. "
         "To train on the preferred answers, name that key 'completion' and drop 'rejected'"
     )
 
 
-def _text(fields: Mapping[str, Any]) -> PlainText:
+def _text(fields: Mapping[str, Any], answered: bool) -> PlainText:
+    if not answered:
+        raise DataError("a text row has no prompt to answer")
     text = _string(fields, "text")
     if not text.strip():
         raise DataError("'text' is empty")
     return PlainText(text)
 
 
-_PARSERS: dict[str, Callable[[Mapping[str, Any]], Parsed]] = {
+_PARSERS: dict[str, Callable[[Mapping[str, Any], bool], Parsed]] = {
     "messages": _messages, "conversations": _share_gpt, "alpaca": _alpaca, "prompt": _prompt,
     "preference": _preference, "text": _text,
 }  # fmt: skip
@@ -208,21 +262,36 @@ _PARSERS: dict[str, Callable[[Mapping[str, Any]], Parsed]] = {
 # ---------------------------------------------------------------- parts
 
 
-def _conversation(messages: Sequence[Message], fields: Mapping[str, Any]) -> Conversation:
+def _conversation(messages: Sequence[Message], fields: Mapping[str, Any], answered: bool) -> Conversation:
     """Checks what concerns the turns together."""
+    tools, references = parse_tools(fields.get("tools")), _references(fields)
+    if not answered and len(messages) > 1 and _is_blank_answer(messages[-1]):
+        messages = messages[:-1]
+    if not answered and messages[-1].role != "assistant":
+        return Conversation(tuple(messages), tools, references)
     answers = [number for number, message in enumerate(messages) if message.role == "assistant"]
     if not answers:
         raise DataError("has no assistant turn: nothing to train")
     for number in answers:
-        message = messages[number]
-        if not message.content.strip() and not message.tool_calls:
+        if _is_blank_answer(messages[number]):
             raise DataError(f"turn {number + 1}: the assistant's content is empty: nothing to train")
     if not any(messages[number].trained for number in answers):
         raise DataError("no assistant turn is trained (every weight is 0)")
     end = answers[-1] + 1
-    return Conversation(
-        tuple(messages[:end]), parse_tools(fields.get("tools")), _references(fields), len(messages) - end
-    )
+    return Conversation(tuple(messages[:end]), tools, references, len(messages) - end)
+
+
+def _is_blank_answer(message: Message) -> bool:
+    return message.role == "assistant" and not message.content.strip() and not message.tool_calls
+
+
+def _turns(value: Any, key: str, role: str) -> list[Message]:
+    """A list of messages, or a string, which is one turn of `role`."""
+    if isinstance(value, str):
+        return [Message(role, value)]
+    if not isinstance(value, list):
+        raise DataError(f"{key!r}: expected a string or a list of messages, found {_kind(value)}")
+    return parse_messages(value, key)
 
 
 def parse_messages(value: Any, key: str = "messages") -> list[Message]:
@@ -252,14 +321,14 @@ def _message(item: Any, number: int) -> Message:
         hint = f"; did you mean 'role' for {guess[0]!r}?" if guess else ""
         raise DataError(f"has neither 'role' nor 'from' (keys: {', '.join(map(str, item))}){hint}")
     written = item[role_key]
-    role = ROLES.get(written) if isinstance(written, str) else None
+    role = ROLES.get(written.lower()) if isinstance(written, str) else None
     if role is None:
         guess = nearest(written, ROLES) if isinstance(written, str) else []
         hint = f"; did you mean {guess[0]!r}?" if guess else ""
         raise DataError(f"unknown role {written!r} (known: {', '.join(ROLES)}){hint}")
     if item.get("function_call") is not None:
         raise DataError("'function_call' is OpenAI's old spelling; write it as 'tool_calls'")
-    if written == "function_call":
+    if written.lower() == "function_call":
         return Message("assistant", "", _calls_in_text(item.get(content_key), number))
     calls = _tool_calls(item.get("tool_calls"))
     if calls and role != "assistant":
@@ -270,13 +339,21 @@ def _message(item: Any, number: int) -> Message:
         raise DataError(f"has no {content_key!r} (keys: {', '.join(map(str, item))}){hint}")
     return Message(
         role,
-        _content(item.get(content_key)),
+        _result(item.get(content_key)) if role == "tool" else _content(item.get(content_key)),
         calls,
         reasoning=_optional(item, "reasoning_content") or _optional(item, "thinking"),
         name=_optional(item, "name"),
         tool_call_id=_optional(item, "tool_call_id"),
         trained=_trained(item.get("weight")),
     )
+
+
+def _result(value: Any) -> str:
+    """What a tool returned: content as in any turn, or an object or array, which becomes compact JSON."""
+    parts = isinstance(value, list) and any(isinstance(i, Mapping) and i.get("type") in _PART_TYPES for i in value)
+    if isinstance(value, list | Mapping) and not parts:
+        return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    return _content(value)
 
 
 def _content(value: Any) -> str:
@@ -311,11 +388,16 @@ def _tool_calls(value: Any) -> tuple[ToolCall, ...]:
 
 
 def _tool_call(item: Any, default_id: str | None = None) -> ToolCall:
-    """{"id", "type", "function": {"name", "arguments"}}, or the inner object alone; arguments may be JSON text."""
+    """{"id", "type", "function": {"name", "arguments"}}, or the inner object alone.
+
+    Arguments may be JSON text; null is none.
+    """
     function = item.get("function", item) if isinstance(item, Mapping) else None
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str) or not function["name"]:
         raise DataError(f"a tool call needs a function name: {item!r}"[:200])
-    arguments = function.get("arguments", {})
+    arguments = function.get("arguments")
+    if arguments is None:
+        arguments = {}
     if isinstance(arguments, str):
         arguments = _json(arguments or "{}", f"arguments of {function['name']!r}")
     if not isinstance(arguments, Mapping):
@@ -324,10 +406,10 @@ def _tool_call(item: Any, default_id: str | None = None) -> ToolCall:
 
 
 def _calls_in_text(value: Any, number: int) -> tuple[ToolCall, ...]:
-    """ShareGPT's function_call: JSON text of {"name", "arguments"}, or of a list of such objects."""
-    if not isinstance(value, str):
-        raise DataError(f"'value': expected JSON text of a function call, found {_kind(value)}")
-    calls = _json(value, "function call")
+    """ShareGPT's function_call: {"name", "arguments"} or a list of such objects, as JSON text or as it is."""
+    if not isinstance(value, str | list | Mapping):
+        raise DataError(f"'value': expected a function call as JSON, found {_kind(value)}")
+    calls = _json(value, "function call") if isinstance(value, str) else value
     calls = calls if isinstance(calls, list) else [calls]
     if not calls:
         raise DataError("'value': the list of function calls is empty")
@@ -335,17 +417,19 @@ def _calls_in_text(value: Any, number: int) -> tuple[ToolCall, ...]:
 
 
 def parse_tools(value: Any) -> tuple[Mapping[str, Any], ...]:
-    """A list of tools, JSON text of one, or None; a bare function description is wrapped as OpenAI writes it.
+    """A list of tools, one tool, JSON text of either, or None; a bare description is wrapped as OpenAI writes it.
 
     Raises:
-        DataError: it is neither, or a tool has no function name.
+        DataError: it is none of these, or a tool has no function name.
     """
     if isinstance(value, str):
         value = _json(value, "'tools'") if value.strip() else None
     if value is None:
         return ()
+    if isinstance(value, Mapping):
+        value = [value]
     if not isinstance(value, list):
-        raise DataError(f"'tools': expected a list, found {_kind(value)}")
+        raise DataError(f"'tools': expected a list of tools or one tool, found {_kind(value)}")
     tools = []
     for item in value:
         tool = {"type": "function", "function": item} if isinstance(item, Mapping) and "function" not in item else item
@@ -360,7 +444,7 @@ def _references(fields: Mapping[str, Any]) -> tuple[str, ...]:
     value = fields.get("references")
     if value is None:
         return ()
-    if not isinstance(value, list) or not value or not all(isinstance(item, str) for item in value):
+    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
         raise DataError(f"'references': expected a list of strings, found {_kind(value)}")
     return tuple(value)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,13 @@ from lorakit.files import parse_json
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".parquet", ".txt")
 T = TypeVar("T")
 
-_JSON_CELLS = ("messages", "conversations", "tools", "references", "history")  # csv columns that hold JSON text
+# csv columns that hold JSON text, and those that hold a text or a list of messages as JSON
+_JSON_CELLS = ("messages", "conversations", "tools", "references", "history")
+_TEXT_OR_MESSAGES_CELLS = ("prompt", "completion", "chosen", "rejected")
+_MEANT_AS_MESSAGES = re.compile(r"""\s*\[\s*\{\s*['"](role|from|content)['"]\s*:""")
+
+_LOCATION_AND_SPLIT = re.compile(r"(.+):([\w.-]+)")
+_ROW_KEYS = {"messages", "conversations", "instruction", "prompt", "text"}  # a .json object with one of them is a row
 
 
 @dataclass(frozen=True)
@@ -46,31 +53,38 @@ class Row:
 _Rows = Iterator[Row | str]  # a row, or what is wrong with it
 
 
-def read_rows(source: str | Path, split: str = "train") -> list[Row]:
+def read_rows(source: str | Path, split: str | tuple[str, ...] = "train") -> list[Row]:
     """Read all rows of a data file or data set.
 
     Args:
-        source: a file told apart by its ending (.json may hold an array of objects, an object with one such array, or
-            JSON lines), a folder laid out as a Hub data set, or a Hub data set id `owner/name` or `owner/name:config`.
-        split: which split of a data set; files have none.
+        source: a file told apart by its ending (.json may hold an array of objects, an object with one such array, one
+            row, or JSON lines), a folder laid out as a Hub data set, or a Hub data set id `owner/name` or
+            `owner/name/config`; folder and id with `:split` behind them where another split is meant.
+        split: which split of a data set that `source` names without one; of several, the first that is there. Files
+            have none.
 
     Raises:
-        DataError: the source is missing, empty, of an unknown kind, or holds bad rows (the first 20 are listed).
+        DataError: the source is missing, empty, of an unknown kind, or holds bad rows (the first 20 are listed); the
+            data set has no such split (those there are are listed).
         MissingDependencyError: parquet files and data sets need the extra `data`.
     """
-    name, path = str(source), Path(source).expanduser()
+    name = str(source)
+    location, named = _parted(name)
+    path = Path(location).expanduser()
     suffix = path.suffix.lower()
+    splits = (named,) if named is not None else (split,) if isinstance(split, str) else split
     if path.is_dir():
-        found = _data_set(name, str(path), None, split)
-    elif path.is_file():
+        found = _data_set(name, str(path), None, splits)
+    elif path.is_file() and named is None:
         if suffix not in _READERS:
             raise DataError(f"{name}: unknown kind of file {suffix!r}; known: {', '.join(SUFFIXES)}")
         found = _READERS[suffix](name, path)
     elif suffix in SUFFIXES or path.is_absolute() or name.startswith((".", "~")):
-        raise DataError(f"{name}: no such file{_did_you_mean(path)}")
+        raise DataError(f"{name}: no such file{_did_you_mean(Path(name).expanduser())}")
     else:
-        repository, _, config = name.partition(":")
-        found = _data_set(name, repository, config or None, split)
+        owner, _, rest = location.partition("/")
+        repository, _, config = rest.partition("/")
+        found = _data_set(name, f"{owner}/{repository}" if repository else owner, config or None, splits)
     rows, problems = [], []
     for row in found:
         if isinstance(row, Row):
@@ -82,6 +96,21 @@ def read_rows(source: str | Path, split: str = "train") -> list[Row]:
     if not rows:
         raise DataError(f"{name}: no rows")
     return rows
+
+
+def located(source: str) -> str:
+    """`source` so that it means the same from any folder: paths made absolute, Hub ids as they are."""
+    location, split = _parted(source)
+    path = Path(location).expanduser()
+    if not path.exists():
+        return source
+    return str(path.resolve()) if split is None else f"{path.resolve()}:{split}"
+
+
+def _parted(name: str) -> tuple[str, str | None]:
+    """(location, split) of `location:split`; split is None where none is named. What exists is a location as it is."""
+    parted = None if Path(name).expanduser().exists() else _LOCATION_AND_SPLIT.fullmatch(name)
+    return (parted[1], parted[2]) if parted else (name, None)
 
 
 # ---------------------------------------------------------------- files
@@ -185,12 +214,14 @@ def _looks_like_lines(data: bytes) -> bool:
 
 def _only_array(name: str, value: dict[str, Any]) -> list[Any] | dict[str, Any]:
     """The one array of objects in a wrapping object ({"version": ..., "data": [...]}), or the object if it is a row."""
-    arrays = {key: item for key, item in value.items() if isinstance(item, list) and item and isinstance(item[0], dict)}
-    if arrays.keys() & {"messages", "conversations"}:
+    if value.keys() & _ROW_KEYS:
         return [value]
+    arrays = {key: item for key, item in value.items() if isinstance(item, list) and item and isinstance(item[0], dict)}
     if len(arrays) != 1:
         found = f"several ({', '.join(arrays)})" if arrays else f"none; its keys: {', '.join(list(value)[:10])}"
-        raise DataError(f"{name}: expected an array of objects, or an object that holds one such array; found {found}")
+        raise DataError(
+            f"{name}: expected an array of objects, an object that holds one such array, or one row; found {found}"
+        )
     return next(iter(arrays.values()))
 
 
@@ -218,14 +249,39 @@ def _csv_row(header: list[str], cells: list[str], origin: Origin) -> Row | str:
         return f"{origin}: {len(cells)} cells under {len(header)} columns ({', '.join(header)})"
     fields: dict[str, Any] = {}
     for column, cell in zip(header, cells, strict=True):
+        where = f"{origin}: column {column!r}"
         try:
-            is_json = column in _JSON_CELLS
-            fields[column] = (
-                (parse_json(cell, f"{origin}: column {column!r}") if cell.strip() else None) if is_json else cell
-            )
+            if column in _JSON_CELLS:
+                fields[column] = parse_json(cell, where) if cell.strip() else None
+            elif column in _TEXT_OR_MESSAGES_CELLS:
+                fields[column] = _text_or_messages(cell, where)
+            else:
+                fields[column] = cell
         except FileError as error:
             return str(error)
     return Row(origin, fields)
+
+
+def _text_or_messages(cell: str, where: str) -> Any:
+    """A cell as it is, or the list of messages that it holds as JSON.
+
+    Raises:
+        FileError: it begins as a list of messages and is no JSON.
+    """
+    if not cell.lstrip().startswith("["):
+        return cell
+    try:
+        value = parse_json(cell, where)
+    except FileError:
+        if _MEANT_AS_MESSAGES.match(cell):
+            raise
+        return cell
+    return value if value and all(_is_message(item) for item in value) else cell
+
+
+def _is_message(item: Any) -> bool:
+    spellings = ({"role", "content"}, {"role", "tool_calls"}, {"from", "value"})
+    return isinstance(item, dict) and any(item.keys() >= keys for keys in spellings)
 
 
 def _txt(name: str, path: Path) -> _Rows:
@@ -255,21 +311,27 @@ _READERS = {
 # ---------------------------------------------------------------- data sets
 
 
-def _data_set(name: str, location: str, config: str | None, split: str) -> _Rows:
+def _data_set(name: str, location: str, config: str | None, splits: tuple[str, ...]) -> _Rows:
     try:
         import datasets
     except ImportError:
         raise _missing("data sets", "datasets") from None
     datasets.disable_progress_bars()
     try:
-        data_set = datasets.load_dataset(location, config, split=split)
+        data_set = datasets.load_dataset(location, config)
     except Exception as error:  # a data set may hold any format, and its readers raise anything
         reason = str(error).strip().split("\n")[0]
         raise DataError(
             f"{name}: neither a data file here{_did_you_mean(Path(name))} nor a data set that can be loaded: {reason}. "
-            f"A file ends in {', '.join(SUFFIXES)}; a data set is owner/name or owner/name:config"
+            f"A file ends in {', '.join(SUFFIXES)}; a data set is owner/name or owner/name/config, with :split or not"
         ) from error
-    yield from _from_arrow(name, data_set)
+    split = next((each for each in splits if each in data_set), None)
+    if split is None:
+        raise DataError(
+            f"{name}: has no split {' or '.join(splits)}, but {', '.join(data_set)}: "
+            f"name the one you mean, as in {_parted(name)[0]}:{next(iter(data_set))}"
+        )
+    yield from _from_arrow(name, data_set[split])
 
 
 def _from_arrow(name: str, rows: Iterable[Mapping[str, Any]]) -> _Rows:

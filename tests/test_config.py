@@ -4,9 +4,10 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 import pytest
+import torch
 
 from lorakit.adapter.config import LoRAConfig
-from lorakit.config import Config, read_yaml
+from lorakit.config import Config, DtypeName, Place, dtype_name, read_yaml
 from lorakit.errors import ConfigError
 from lorakit.training.config import TrainConfig
 
@@ -20,10 +21,13 @@ class Part(Config):
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Whole(Config):
     aliases: ClassVar[Mapping[str, str]] = {"lr": "rate"}
+    switches: ClassVar[Mapping[str, tuple[str, str, str]]] = {"use_b": ("kind", "b", "a")}
+    advice: ClassVar[Mapping[str, str]] = {"fast": "set rate to 1"}
 
     path: str
     rate: float = 1e-3
     flag: bool = False
+    names: tuple[str, ...] = ()
     kind: Literal["a", "b"] = "a"
     limit: int | None = None
     table: dict[str, int] = dataclasses.field(default_factory=dict)
@@ -71,7 +75,9 @@ def test_real_configs_come_back(config):
         ("path", Path("x")),
         ("table", {"a": "1"}),
         ("table", {1: 1}),
-        ("part", {"size": 1}),
+        ("part", {"size": "1"}),
+        ("part", [1]),
+        ("names", {"a", 1}),
     ],
 )
 def test_a_wrong_type_is_an_error_that_names_the_field(field, value):
@@ -79,9 +85,119 @@ def test_a_wrong_type_is_an_error_that_names_the_field(field, value):
         Whole(**{"path": "x", field: value})
 
 
-def test_an_int_is_a_float_and_a_list_a_tuple():
+def test_an_int_is_a_float_a_list_a_tuple_and_a_set_a_sorted_one():
     assert Whole(path="x", rate=1).rate == 1.0
     assert Part(names=["a", "b"]).names == ("a", "b")
+    assert Part(names={"b", "a"}).names == Part(names=frozenset({"b", "a"})).names == ("a", "b")
+
+
+def test_a_mapping_is_a_nested_config_over_its_default_here():
+    assert Whole(path="x", part={"size": 3}).part == Part(size=3)
+    assert Whole(path="x").replace(part={"size": 3}).part == Part(size=3)
+    assert TrainConfig(model="m", data="d", lora={"alpha": 8.0}).lora == LoRAConfig(r=8, alpha=8.0)
+    with pytest.raises(ConfigError, match=r"lora: unknown key 'rang'; did you mean rank"):
+        TrainConfig(model="m", data="d", lora={"rang": 4})
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Places(Config):
+    place: Place
+    other: Place | None = None
+    dtype: DtypeName = "auto"
+
+
+def test_a_path_is_text_where_a_place_is_wanted():
+    config = Places(place=Path("a") / "b", other=Path("c"))
+    assert (config.place, config.other) == (str(Path("a") / "b"), "c")
+    assert Places.from_dict(config.to_dict()) == config
+    train = TrainConfig(
+        model=Path("m"), data=Path("d"), output=Path("o"), validation=Path("v"), chat_template=Path("t")
+    )
+    assert (train.model, train.data, train.output, train.validation, train.chat_template) == ("m", "d", "o", "v", "t")
+    with pytest.raises(ConfigError, match="place: "):
+        Places(place=1)
+
+
+@pytest.mark.parametrize(
+    ("given", "name"),
+    [
+        *((each, each) for each in ("auto", "fp32", "bf16", "fp16")),
+        *(("float32", "fp32"), ("bfloat16", "bf16"), ("float16", "fp16"), ("half", "fp16")),
+        *(("torch.bfloat16", "bf16"), (torch.float32, "fp32"), (torch.half, "fp16")),
+    ],
+)
+def test_dtypes_in_every_usual_spelling(given, name):
+    assert dtype_name(given) == Places(place="x", dtype=given).dtype == name
+    assert TrainConfig.from_dict({"model": "m", "data": "d", "torch_dtype": given}).dtype == name
+
+
+@pytest.mark.parametrize("given", ["float8", "torch.float64", torch.float64, 16, None])
+def test_what_is_no_dtype_for_a_base_is_refused(given):
+    with pytest.raises(ConfigError, match=r"dtype: Input should be 'auto', 'fp32'"):
+        Places(place="x", dtype=given)
+
+
+def test_values_as_peft_and_transformers_write_them():
+    assert LoRAConfig(modules_to_save=None, target_modules={"v", "q"}, exclude_modules=("k",)) == LoRAConfig(
+        target_modules=("q", "v"), exclude_modules=("k",)
+    )
+    assert LoRAConfig.from_dict({"init_lora_weights": True, "use_rslora": True}) == LoRAConfig(scaling="rslora")
+    assert LoRAConfig.from_dict({"use_rslora": False}) == LoRAConfig()
+    assert TrainConfig(model="m", data="d", max_steps=-1).max_steps is None
+    for field, value in (("modules_to_save", "head"), ("init", False), ("scaling", True)):
+        with pytest.raises(ConfigError, match=f"{field}: "):
+            LoRAConfig(**{field: value})
+    for steps in (-2, -1.0):
+        with pytest.raises(ConfigError, match="max_steps: "):
+            TrainConfig(model="m", data="d", max_steps=steps)
+
+
+def test_a_switch_sets_its_field():
+    assert Whole.from_dict({"path": "x", "use-b": True}).kind == "b"
+    assert Whole.from_dict({"path": "x", "use_b": False}).kind == "a"
+    with pytest.raises(ConfigError, match=r"use_b: expected true or false \(got 'b'\)"):
+        Whole.from_dict({"path": "x", "use_b": "b"})
+    with pytest.raises(ConfigError, match="'use_b' sets 'kind' a second time"):
+        Whole.from_dict({"path": "x", "kind": "a", "use_b": True})
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Outer(Config):
+    lora: LoRAConfig = dataclasses.field(default_factory=lambda: LoRAConfig(scaling="rslora"))
+
+
+def test_a_switch_counts_as_given_over_a_nested_default():
+    assert Outer(lora={"use_rslora": False}).lora.scaling == "lora"
+
+
+def test_a_setting_of_another_library_says_what_to_do_instead():
+    with pytest.raises(ConfigError, match="unknown key 'fast': set rate to 1"):
+        Whole.from_dict({"path": "x", "fast": True})
+    with pytest.raises(ConfigError, match="unknown key 'bf16': set dtype to bf16"):
+        TrainConfig.from_dict({"model": "m", "data": "d", "bf16": True})
+
+
+@pytest.mark.parametrize("cls", [TrainConfig, LoRAConfig])
+def test_no_name_is_both_a_setting_and_none(cls):
+    fields = {field.name for field in dataclasses.fields(cls)}
+    spellings = [*fields, *cls.aliases, *cls.switches, *cls.advice]
+    assert len(spellings) == len(set(spellings))
+    assert {*cls.aliases.values(), *(field for field, _, _ in cls.switches.values())} <= fields
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"validation_share": 0}, "validation_share: must be above 0 and below 1 .got 0.0.; .* set a small share"),
+        ({"validation_share": 1}, "validation_share: must be above 0 and below 1"),
+        ({"resume": True}, "resume: needs output, the folder of the run"),
+        ({"method": "dpo"}, "method: Input should be 'sft'"),
+        ({"save_total_limit": 1}, "keep_checkpoints: must be at least 2"),
+    ],
+)
+def test_ranges_of_a_run(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        TrainConfig.from_dict({"model": "m", "data": "d", **changes})
 
 
 def test_ranges_are_checked_after_types():

@@ -162,6 +162,17 @@ def test_what_is_raised_while_building_passes_through_and_leaves_the_old_folder(
     assert list(tmp_path.iterdir()) == [target]
 
 
+def test_a_free_folder_is_the_first_of_its_kind_with_nothing_in_it(tmp_path):
+    with files.locked_folder(tmp_path / "demo"):
+        assert files.free_folder(tmp_path / "demo") == tmp_path / "demo-2"  # somebody is there
+    assert files.free_folder(tmp_path / "demo") == tmp_path / "demo"
+    (tmp_path / "demo" / "rows.jsonl").write_bytes(b"")
+    (tmp_path / "demo-2").write_bytes(b"")
+    assert files.free_folder(tmp_path / "demo") == tmp_path / "demo-3"
+    fill(tmp_path / "data-1", FOLDER_OF_OLD)
+    assert files.free_folder(tmp_path / "data-1") == tmp_path / "data-2"
+
+
 def test_linux_exchanges_folders_in_one_step(tmp_path):
     if sys.platform != "linux":
         pytest.skip("renameat2 is Linux's")

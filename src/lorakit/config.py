@@ -2,29 +2,58 @@
 
 A config class derives from `Config`. Its fields are checked against their type hints when it is made, from Python or
 from a file alike: an unknown key is an error with the nearest name, a wrong type an error with the field's name; all
-problems are told at once.
+problems are told at once. Other libraries' spellings of names and values are taken where they mean the same.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import re
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import pydantic
 import yaml
 
 from lorakit.errors import ConfigError, nearest
 
+# ---------------------------------------------------------------- types of fields
+
+
+def _place_text(value: Any) -> Any:
+    return str(value) if isinstance(value, Path) else value
+
+
+Place = Annotated[str, pydantic.BeforeValidator(_place_text)]
+"""A file, folder or name as text; a `Path` is taken too."""
+
+
+def dtype_name(value: Any) -> Any:
+    """Our name of a dtype: fp32, bf16 or fp16 for float32, torch.bfloat16, half and the like. What is none stays.
+
+    Args:
+        value: a string, or a torch.dtype.
+    """
+    return _DTYPE_NAMES.get(str(value).removeprefix("torch."), value)
+
+
+_DTYPE_NAMES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "half": "fp16"}
+
+DtypeName = Annotated[Literal["auto", "fp32", "bf16", "fp16"], pydantic.BeforeValidator(dtype_name)]
+"""A dtype by our name, or auto; every spelling that `dtype_name` knows is taken."""
+
+
+# ---------------------------------------------------------------- configs
+
 
 @functools.cache
 def _validators(cls: type) -> dict[str, pydantic.TypeAdapter[Any]]:
     """One pydantic validator per field."""
-    hints = typing.get_type_hints(cls)
+    hints = typing.get_type_hints(cls, include_extras=True)
     return {f.name: _validator(hints[f.name]) for f in dataclasses.fields(cls) if f.init}
 
 
@@ -42,7 +71,11 @@ class Config:
     Subclasses: `@dataclass(frozen=True, kw_only=True)`, and override `problems()` for what types cannot say.
     """
 
-    aliases: ClassVar[Mapping[str, str]] = {}  # other spellings accepted by from_dict: alias -> field
+    # What from_dict accepts besides the fields' names: alias -> field; switch (true or false) -> (field, its value if
+    # true, its value if false). And what it refuses with a word: setting of another library -> what to do instead.
+    aliases: ClassVar[Mapping[str, str]] = {}
+    switches: ClassVar[Mapping[str, tuple[str, Any, Any]]] = {}
+    advice: ClassVar[Mapping[str, str]] = {}
 
     def __post_init__(self) -> None:
         checked, found = self._check_types({f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.init})
@@ -55,16 +88,26 @@ class Config:
     @classmethod
     def _check_types(cls, values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
         """Values as their hints want them, and a sentence for each that does not fit its hint."""
-        checked, found = {}, []
+        checked: dict[str, Any] = {}
+        found: list[str] = []
+        hints = typing.get_type_hints(cls)
         validators = _validators(cls)  # type: ignore[arg-type]  # mypy takes the instances' __hash__ for the class's
         for name, value in values.items():
-            # lists become tuples: JSON and YAML know only lists, configs are hashable values
-            value = tuple(value) if isinstance(value, list) else value
+            hint, value = hints[name], _ordered(value)
             try:
+                if isinstance(hint, type) and issubclass(hint, Config) and isinstance(value, Mapping):
+                    value = hint.from_dict(cls._over_default(name, hint, value))
                 checked[name] = validators[name].validate_python(value, strict=True)
             except pydantic.ValidationError as error:
                 found.append(f"{name}: {error.errors()[0]['msg']} (got {value!r})")
+            except ConfigError as error:
+                found += [f"{name}: {problem}" for problem in error.problems]
         return checked, found
+
+    @classmethod
+    def as_taken(cls, name: str, value: Any) -> Any:
+        """A value as field `name` takes it (fp32 for float32); unchanged if the field refuses it."""
+        return cls._check_types({name: value})[0].get(name, value)
 
     def problems(self) -> list[str]:
         """What is wrong beyond types: ranges, settings at odds with each other. One sentence each."""
@@ -77,42 +120,35 @@ class Config:
         A nested mapping changes the nested config's default here; what it does not name stays as that default has it.
 
         Args:
-            values: field name (or alias) -> value.
+            values: field name (or alias, or switch) -> value.
             where: what to call the source in errors, e.g. "run.yaml".
 
         Raises:
             ConfigError: unknown key (with the nearest known name), a field given twice, or a bad value.
         """
-        hints = typing.get_type_hints(cls)
         fields = {f.name for f in dataclasses.fields(cls) if f.init}
         given: dict[str, Any] = {}
-        seen: set[str] = set()
         found = []
         for key, value in values.items():
-            name = cls.aliases.get(str(key).replace("-", "_"), str(key).replace("-", "_"))
+            name = str(key).replace("-", "_")
+            if name in cls.switches:
+                field, if_true, if_false = cls.switches[name]
+                if not isinstance(value, bool):
+                    found.append(f"{key}: expected true or false (got {value!r})")
+                name, value = field, if_true if value else if_false
+            name = cls.aliases.get(name, name)
             if name not in fields:
-                guess = nearest(name, [*fields, *cls.aliases])
-                hint = f"; did you mean {' or '.join(guess)}?" if guess else f"; known: {', '.join(sorted(fields))}"
-                found.append(f"unknown key {key!r}{hint}")
-                continue
-            if name in seen:
+                found.append(unknown_key(key, fields, {*cls.aliases, *cls.switches}, cls.advice))
+            elif name in given:
                 found.append(f"{key!r} sets {name!r} a second time")
-                continue
-            seen.add(name)
-            hint = hints[name]
-            if isinstance(hint, type) and issubclass(hint, Config) and isinstance(value, Mapping):
-                try:
-                    value = hint.from_dict(cls._over_default(name, hint, value), f"{where}: {name}")
-                except ConfigError as error:
-                    found += [f"{name}: {problem}" for problem in error.problems]
-                    continue
-            given[name] = value
+            else:
+                given[name] = value
         required = [
             f.name
             for f in dataclasses.fields(cls)
             if f.init and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
         ]
-        found += [f"{name!r} is required" for name in required if name not in seen]
+        found += [f"{name!r} is required" for name in required if name not in given]
         if found:
             raise ConfigError.listing(where, found + cls._check_types(given)[1])
         try:
@@ -127,7 +163,8 @@ class Config:
         if field.default_factory is dataclasses.MISSING:
             return dict(values)
         default, plain = field.default_factory().to_dict(), nested().to_dict()
-        named = {nested.aliases.get(key, key) for key in (str(key).replace("-", "_") for key in values)}
+        other = {**nested.aliases, **{switch: field for switch, (field, _, _) in nested.switches.items()}}
+        named = {other.get(key, key) for key in (str(key).replace("-", "_") for key in values)}
         return {k: v for k, v in default.items() if v != plain[k] and k not in named} | dict(values)
 
     def to_dict(self) -> dict[str, Any]:
@@ -146,6 +183,36 @@ class Config:
     def replace(self, **changes: Any) -> Self:
         """A copy with some fields changed, checked again."""
         return dataclasses.replace(self, **changes)
+
+
+def unknown_key(
+    key: object, known: Iterable[str], spellings: Iterable[str] = (), advice: Mapping[str, str] | None = None
+) -> str:
+    """`unknown key 'lerning_rate'; did you mean learning_rate?`, or what to use instead of it.
+
+    Args:
+        key: as the user wrote it.
+        known: names to list where none is near.
+        spellings: further names that may be meant.
+        advice: name of a setting that other libraries have -> what to do here.
+    """
+    name = str(key).replace("-", "_")
+    if advice and name in advice:
+        return f"unknown key {key!r}: {advice[name]}"
+    guess = nearest(name, [*known, *spellings])
+    hint = f"did you mean {' or '.join(guess)}?" if guess else f"known: {', '.join(sorted(known))}"
+    return f"unknown key {key!r}; {hint}"
+
+
+def _ordered(value: Any) -> Any:
+    """Lists and sets as tuples, sets sorted: JSON and YAML know only lists, and configs are hashable values."""
+    if isinstance(value, set | frozenset):
+        with contextlib.suppress(TypeError):  # things of different kinds; their field will refuse them
+            return tuple(sorted(value))
+    return tuple(value) if isinstance(value, list) else value
+
+
+# ---------------------------------------------------------------- YAML
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:

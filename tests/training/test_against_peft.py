@@ -46,7 +46,7 @@ def peft_losses(config):
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     assert len(trained) == len(initial)
     optimizer = torch.optim.AdamW(
-        trained, lr=config.learning_rate, betas=(0.9, 0.999), eps=1e-8, weight_decay=config.weight_decay
+        trained, lr=config.learning_rate, betas=(0.9, 0.99), eps=1e-8, weight_decay=config.weight_decay
     )
     warmup = math.ceil(config.warmup * config.max_steps)
     schedule = get_cosine_schedule_with_warmup(optimizer, warmup, config.max_steps)

@@ -5,6 +5,7 @@ import math
 import os
 import shutil
 import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ from lorakit.training.config import TrainConfig
 from lorakit.training.events import DataReady, Evaluated, ModelReady, Resumed, StepDone
 from lorakit.training.loop import Plan
 from lorakit.training.objectives import mean_loss
-from lorakit.training.run import _evaluations, train
+from lorakit.training.run import _evaluations, _new_folder, train
 from lorakit.training.verify import weights_checksum
 from tiny_runs import adapter_bytes, assert_same_run, configured, metrics, rows, write_rows
 
@@ -90,6 +91,25 @@ def test_run_yaml_is_resolved_and_makes_the_same_run(finished, tmp_path):
     assert_same_run(folder, tmp_path / "again")
 
 
+def test_without_output_a_run_gets_the_first_free_folder_of_its_data(settings, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    short = {**settings, "max_steps": 1, "samples": 0}
+    with pytest.raises(TargetError):
+        train(TrainConfig.from_dict({**short, "lora": {"target_modules": ["q_prok"]}}))
+    folders = [train(TrainConfig.from_dict(short)).directory for _ in range(2)]
+    assert folders == ["runs/train-1", "runs/train-2"]  # what failed before it began left its folder free
+    assert TrainConfig.from_yaml("runs/train-2/run.yaml").output == str(tmp_path / "runs" / "train-2")
+
+
+@pytest.mark.parametrize(
+    ("data", "name"),
+    [("some/where/data.jsonl", "data-1"), ("owner/set", "set-1"), ("owner/set:split", "set-split-1"), (".", "run-1")],
+)
+def test_a_new_folder_is_named_by_its_data(data, name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert _new_folder(data) == Path("runs") / name
+
+
 def test_events_tell_the_story_in_order(finished):
     _, run, events = finished
     kinds = [type(event) for event in events]
@@ -148,36 +168,31 @@ def test_evaluations_take_a_tenth_of_the_time_at_most_but_there_are_two(valid_to
     plan = Plan(lengths=(100,) * 1000, seed=0, rows_per_step=10, micro_batch_tokens=1000, total_steps=100)
     assert plan.tokens == 100_000
     assert _evaluations(plan, valid_tokens) == evaluations
+    assert _evaluations(plan, valid_tokens, early_stop=1) == 8  # enough of them to stop at
+    assert _evaluations(plan, valid_tokens, early_stop=10) == 20
+
+
+def wrong_answers(settings, folder):
+    """Settings of a run that learns to answer with a's while the validation rows want z's."""
+
+    def answers(text):
+        return [{"prompt": f"{i}?", "completion": text} for i in range(12)]
+
+    data = write_rows(folder / "train.jsonl", answers("a" * 40))
+    valid = write_rows(folder / "valid.jsonl", answers("z" * 40))
+    return {**settings, "data": str(data), "validation": str(valid), "learning_rate": 0.05}
 
 
 def test_early_stop_counts_evaluations_without_better(settings, tmp_path):
-    run = train(
-        configured(
-            settings,
-            tmp_path / "run",
-            learning_rate=3.0,
-            schedule="constant",
-            clip=0.0,
-            warmup=0.0,
-            eval_steps=1,
-            early_stop=2,
-            max_steps=40,
-        )
-    )
+    changed = wrong_answers(settings, tmp_path)
+    run = train(configured(changed, tmp_path / "run", eval_steps=1, early_stop=2, max_steps=40))
     assert run.stopped_early
     assert run.step == run.best_step + 2 < 40
     assert json.loads((tmp_path / "run" / "result.json").read_text())["stopped_early"]
 
 
 def test_an_adapter_worse_than_the_base_is_said_to_be(settings, tmp_path):
-    """It learns to answer with a's; the validation rows want z's."""
-
-    def answers(text):
-        return [{"prompt": f"{i}?", "completion": text} for i in range(12)]
-
-    data = write_rows(tmp_path / "train.jsonl", answers("a" * 40))
-    valid = write_rows(tmp_path / "valid.jsonl", answers("z" * 40))
-    changed = {**settings, "data": str(data), "validation": str(valid), "learning_rate": 0.05}
+    changed = wrong_answers(settings, tmp_path)
     run = train(configured(changed, tmp_path / "run", max_steps=20, eval_steps=20))
     assert run.best_loss > run.initial_loss
     assert "no better than the base" in (tmp_path / "run" / "report.html").read_text()

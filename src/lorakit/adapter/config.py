@@ -5,9 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
+
+import pydantic
 
 from lorakit.config import Config
+
+# as PEFT writes them
+_TRUE_IS_DEFAULT = pydantic.BeforeValidator(lambda value: "default" if value is True else value)
+_NONE_IS_EMPTY = pydantic.BeforeValidator(lambda value: () if value is None else value)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +32,15 @@ class LoRAConfig(Config):
         "lora_target_modules": "target_modules",
         "layers_to_transform": "layers",
         "init_lora_weights": "init",
+    }
+    switches: ClassVar[Mapping[str, tuple[str, Any, Any]]] = {"use_rslora": ("scaling", "rslora", "lora")}
+    advice: ClassVar[Mapping[str, str]] = {
+        "use_dora": "DoRA is not in this version",
+        "loftq_config": "LoftQ is not in this version; init names what there is",
+        "lora_bias": "set bias to all or lora_only",
+        "fan_in_fan_out": "leave it out: how a layer stores its weight is seen from the layer",
+        "task_type": "leave it out: it is seen from the model",
+        "lora_target_linear": "leave it out: target_modules is all-linear unless you set it",
     }
 
     r: int = 16
@@ -60,7 +75,7 @@ class LoRAConfig(Config):
     delta: Literal["lora"] = "lora"
     """How the update is parametrised."""
 
-    init: Literal["default", "gaussian", "orthogonal"] = "default"
+    init: Annotated[Literal["default", "gaussian", "orthogonal"], _TRUE_IS_DEFAULT] = "default"
     """default: A uniform(+-1/sqrt(fan_in)), B zero. gaussian: A normal(0, 1/r), B zero. orthogonal: A and B from one
     orthogonal r x r matrix (r even).
     """
@@ -68,7 +83,7 @@ class LoRAConfig(Config):
     bias: Literal["none", "all", "lora_only"] = "none"
     """Which biases are trained with the adapter: none, all of the model's, or those of adapted layers."""
 
-    modules_to_save: tuple[str, ...] = ()
+    modules_to_save: Annotated[tuple[str, ...], _NONE_IS_EMPTY] = ()
     """Modules (matched as `target_modules`) trained whole and stored with the adapter, e.g. a classification head."""
 
     def problems(self) -> list[str]:

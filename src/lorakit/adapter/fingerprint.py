@@ -40,9 +40,15 @@ def of(model: nn.Module, parameters: Sequence[tuple[str, nn.Parameter]]) -> Base
         dtypes[parameter.dtype] += parameter.numel()
     dtype = str(dtypes.most_common(1)[0][0]).removeprefix("torch.") if dtypes else "none"
     name_or_path = getattr(model, "name_or_path", None) or None
+    published = getattr(getattr(model, "config", None), "_name_or_path", None) or name_or_path
     architecture = next(c.__name__ for c in type(model).__mro__ if "lorakit" not in c.__module__)
     return BaseInfo(
-        name=name_or_path, architecture=architecture, dtype=dtype, structure=structure, samples=tuple(samples)
+        name=name_or_path,
+        architecture=architecture,
+        dtype=dtype,
+        structure=structure,
+        samples=tuple(samples),
+        published=published,
     )
 
 
@@ -68,8 +74,9 @@ def differences(made_on: BaseInfo, here: BaseInfo) -> list[str]:
             for a, b in zip(made_on.samples, here.samples, strict=True)
         )
         if differ:
+            names = [f"{role} {base.name}" for role, base in (("made on", made_on), ("this is", here)) if base.name]
             problems.append(
                 f"base: same shapes, other weights: {differ} of {len(here.samples)} sampled weights differ"
-                + (f" (made on {made_on.name})" if made_on.name else "")
+                + (f" ({', '.join(names)})" if names else "")
             )
     return problems

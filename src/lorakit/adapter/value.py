@@ -52,11 +52,12 @@ class BaseInfo:
     """Which base an adapter was made on; what `attach` checks.
 
     Attributes:
-        name: Hub id or path, as the user gave it; None for a model of unknown origin.
+        name: Hub id, path or alias under which lorakit finds it; None for a model of unknown origin.
         architecture: class name of the model.
         dtype: dtype of most of its weights, e.g. "bfloat16".
         structure: SHA-256 over names and shapes of all base parameters.
         samples: a few hundred weights at places that follow from the names, in fp32, rounded to 8 digits.
+        published: under which other tools find it, or what it was made from: `name`, but the Hub id behind an alias.
     """
 
     name: str | None
@@ -64,6 +65,7 @@ class BaseInfo:
     dtype: str
     structure: str
     samples: tuple[float, ...]
+    published: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -5,8 +5,10 @@ Knows no verb's flags, and imports nothing heavy.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
-from typing import NoReturn
+from collections.abc import Sequence
+from typing import Any, NoReturn
 
 import click
 
@@ -30,6 +32,12 @@ VERBS: dict[str, tuple[str, str]] = {
 class _Verbs(click.Group):
     """A group whose commands are the rows of `VERBS`, imported one at a time."""
 
+    def make_context(
+        self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
+    ) -> click.Context:
+        with _reported(args):
+            return super().make_context(info_name, args, parent, **extra)
+
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(VERBS)
 
@@ -42,13 +50,23 @@ class _Verbs(click.Group):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        if args[0] not in VERBS and not args[0].startswith("-"):
-            _unknown_verb(ctx, args[0])
-        return super().resolve_command(ctx, args)
+        with _reported(args):
+            if args[0] not in VERBS and not args[0].startswith("-"):
+                _unknown_verb(ctx, args[0])
+            return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Verbs"):
             formatter.write_dl([(name, text) for name, (_, text) in VERBS.items()])
+
+
+def _reported(args: Sequence[str]) -> contextlib.AbstractContextManager[None]:
+    """What goes wrong before a verb is found is an object with `--json`, as it is afterwards."""
+    if "--json" not in args:
+        return contextlib.nullcontext()
+    from lorakit.cli.common import reported
+
+    return reported(as_json=True)
 
 
 def _unknown_verb(ctx: click.Context, name: str) -> NoReturn:

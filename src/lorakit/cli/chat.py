@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lorakit.cli.common import console, emit, verb
-from lorakit.cli.loading import load_subject, model_options, sampling_options
+from lorakit.cli.loading import load_subject, subject_options
 from lorakit.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -21,10 +21,8 @@ _COMMANDS = "/reset forgets the conversation, /exit ends it"
 
 
 @verb("chat")
-@model_options
-@click.option("--adapter", metavar="FOLDER", help="Adapter to answer with.")
+@subject_options
 @click.option("--system", metavar="TEXT", help="System message of the conversation.")
-@sampling_options
 def command(
     model: str | None,
     dtype: str,

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -26,11 +27,12 @@ import click
 from rich.console import Console
 
 from lorakit.cli.options import FILE_VALUES as FILE_VALUES
-from lorakit.cli.options import ConfigArgument, ConfigOption
+from lorakit.cli.options import ConfigArgument, ConfigOption, advice_of, section_names, spellings
 from lorakit.cli.options import config_options as config_options
 from lorakit.cli.options import resolve_config as resolve_config
-from lorakit.config import read_yaml
-from lorakit.errors import ConfigError, LorakitError, nearest
+from lorakit.config import read_yaml, unknown_key
+from lorakit.errors import ConfigError, LorakitError
+from lorakit.training.config import TrainConfig
 
 # No markup: "[0, 1)" in a message is text. No wrapping: a log file has no width. rich itself leaves colour out where
 # NO_COLOR is set or stderr is no terminal.
@@ -38,12 +40,26 @@ console = Console(stderr=True, markup=False, highlight=False, emoji=False, soft_
 
 _NEVER_FROM_FILE = {"as_json", "config_file", "help"}
 
+# verb -> what it does not take from a file written for training, where the name means another thing
+_ANOTHER_IN_TRAINING = {"eval": {"data", "batch_size"}, "generate": {"output", "batch_size"}, "demo": {"output"}}
+
 
 def emit(result: Mapping[str, Any], as_json: bool) -> None:
-    """Print `result` as one line of JSON on stdout if `as_json`; otherwise nothing: people have read it on stderr."""
+    """Print `result` as one line of JSON on stdout if `as_json`; otherwise nothing: people have read it on stderr.
+
+    JSON has no NaN and no infinity: such a number is null.
+    """
     if as_json:
         # ASCII, so that no terminal encoding can break it
-        click.echo(json.dumps(result, allow_nan=False))
+        click.echo(json.dumps(_finite(result), allow_nan=False))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def verb(name: str) -> Callable[[Callable[..., None]], click.Command]:
@@ -85,30 +101,51 @@ class _Verb(click.Command):
     def make_context(
         self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
     ) -> click.Context:
-        with _reported(as_json="--json" in args):
+        with reported(as_json="--json" in args):
             return super().make_context(info_name, args, parent, **extra)
 
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """As click, with a word on flags that other libraries have."""
+        try:
+            return super().parse_args(ctx, args)
+        except click.NoSuchOption as error:
+            advice = advice_of(TrainConfig).get(error.option_name.lstrip("-"))
+            if advice is None:
+                raise
+            raise click.UsageError(f"No such option '{error.option_name}': {advice}.", ctx) from None
+
     def invoke(self, ctx: click.Context) -> Any:
-        with _reported(ctx.params["as_json"]):
+        with reported(ctx.params["as_json"]):
             return super().invoke(ctx)
 
 
 @contextlib.contextmanager
-def _reported(as_json: bool) -> Iterator[None]:
-    """LorakitError -> message and exit code 2; wrong usage -> click's message and 2; Ctrl-C -> 130."""
+def reported(as_json: bool) -> Iterator[None]:
+    """LorakitError -> message and exit code 2; wrong usage -> click's message and 2; Ctrl-C -> 130; anything else is a
+    bug: traceback and 1. With `--json` an object says the same.
+    """
     try:
         yield
+    except (click.exceptions.Exit, click.Abort):
+        raise
     except LorakitError as error:
         console.print(f"error: {error}")
-        emit({"error": {"type": type(error).__name__, "message": str(error)}}, as_json)
+        _emit_failure(type(error).__name__, str(error), as_json)
         raise click.exceptions.Exit(2) from None
     except click.UsageError as error:  # click prints it
-        emit({"error": {"type": "UsageError", "message": error.format_message()}}, as_json)
+        _emit_failure("UsageError", error.format_message(), as_json)
         raise
     except KeyboardInterrupt:
         console.print("stopped")
-        emit({"error": {"type": "KeyboardInterrupt", "message": "stopped"}}, as_json)
+        _emit_failure("KeyboardInterrupt", "stopped", as_json)
         raise click.exceptions.Exit(130) from None
+    except Exception as error:  # Python prints the traceback
+        _emit_failure(type(error).__name__, str(error), as_json)
+        raise
+
+
+def _emit_failure(kind: str, message: str, as_json: bool) -> None:
+    emit({"ok": False, "error": {"type": kind, "message": message}}, as_json)
 
 
 def _read_config_file(ctx: click.Context, parameter: click.Parameter, path: str | None) -> None:
@@ -116,26 +153,26 @@ def _read_config_file(ctx: click.Context, parameter: click.Parameter, path: str 
     if path is None:
         return
     plain: dict[str, click.Parameter] = {}
-    configured: set[str] = set()  # spellings of config-made flags; what their values may be is the config's to say
+    configured: set[str] = set()  # names of config-made flags; what their values may be is the config's to say
     for each in ctx.command.params:
-        names = {flag.lstrip("-").replace("-", "_") for flag in each.opts}
         if isinstance(each, ConfigOption | ConfigArgument):
-            configured |= names
-            configured |= {str(each.name).rpartition("__")[0]} - {""}  # the section: `lora: {r: 8}`
+            configured |= {*spellings(each.config_class), *section_names(each.config_class)}
         elif each.name not in _NEVER_FROM_FILE:
+            names = {flag.lstrip("-").replace("-", "_") for flag in each.opts}
             plain |= dict.fromkeys(names | {str(each.name)}, each)
+    values = read_yaml(path)
+    problems: list[str] = []
+    if not configured:
+        values, problems = _without_training(str(ctx.info_name), plain, values, path)
     for_click: dict[str, Any] = {}
     for_config: dict[str, Any] = {}
-    problems = []
-    for key, value in read_yaml(path).items():
+    for key, value in values.items():
         name = str(key).replace("-", "_")
         if name in configured:
             for_config[key] = value
         elif name not in plain:
-            known = {*plain, *configured}
-            guess = nearest(name, known)
-            hint = f"did you mean {' or '.join(guess)}?" if guess else f"known: {', '.join(sorted(known))}"
-            problems.append(f"unknown key {key!r}; {hint}")
+            training = {} if configured else spellings(TrainConfig)  # it may be a misspelled one of those too
+            problems.append(unknown_key(key, {*plain, *configured}, training, advice_of(TrainConfig)))
         elif plain[name].name in for_click:
             problems.append(f"{key!r} sets {plain[name].name!r} a second time")
         elif (fault := _misfit(plain[name], value)) is not None:
@@ -147,6 +184,36 @@ def _read_config_file(ctx: click.Context, parameter: click.Parameter, path: str 
         raise ConfigError.listing(path, problems)
     ctx.default_map = for_click
     ctx.meta[FILE_VALUES] = (path, for_config)
+
+
+def _without_training(
+    verb_name: str, plain: dict[str, click.Parameter], values: Mapping[str, Any], path: str
+) -> tuple[dict[str, Any], list[str]]:
+    """Leave out what only training knows of a file written for it, such as a run's `run.yaml`; tell what is taken.
+
+    Args:
+        verb_name: another verb than train.
+        plain: name -> parameter of the verb; further spellings of those that training has too are added.
+        values: of the file.
+        path: of the file.
+
+    Returns:
+        (the values that remain, unknown keys in sections)
+    """
+    fields, sections = spellings(TrainConfig), section_names(TrainConfig)
+    another = _ANOTHER_IN_TRAINING.get(verb_name, set())
+    for spelling, (_, field) in fields.items():
+        if field in plain and field not in another:
+            plain.setdefault(spelling, plain[field])
+    named = {key: str(key).replace("-", "_") for key in values}
+    only_training = {key for key, name in named.items() if name in {*fields, *sections} and name not in plain}
+    if not only_training:
+        return dict(values), []
+    remaining = {k: v for k, v in values.items() if k not in only_training and named[k] not in another}
+    taken = [str(key) for key, value in remaining.items() if named[key] in plain and value is not None]
+    console.print(f"config {path} was written for training; taken from it: {', '.join(taken) or 'nothing'}")
+    inner = [key for k in only_training if named[k] in sections and isinstance(values[k], Mapping) for key in values[k]]
+    return remaining, [unknown_key(key, fields) for key in inner if str(key).replace("-", "_") not in fields]
 
 
 def _takes_many(parameter: click.Parameter) -> bool:

@@ -19,10 +19,16 @@ _NEW_ORDER = "Two big lattes with oat milk and a brownie for me. Zoe picks it up
 
 
 @verb("demo")
-@click.option("--output", metavar="FOLDER", help="Run folder; without it, a new one under runs/.")
+@click.option("--output", "--output_dir", metavar="FOLDER", help="Run folder; without it, a new one under runs/.")
 @click.option("--rows", type=int, default=480, show_default=True, help="Orders to train on.")
 @click.option("--test-rows", type=int, default=48, show_default=True, help="Unseen orders to compare on.")
-@click.option("--model", default="smollm2", show_default=True, help="Base model: Hub id, folder, .gguf file, smollm2.")
+@click.option(
+    "--model",
+    "--model_name_or_path",
+    default="smollm2",
+    show_default=True,
+    help="Base model: Hub id, folder, .gguf file, smollm2.",
+)
 @click.option("--seed", type=int, default=0, show_default=True, help="Determines the orders and the run.")
 def command(output: str | None, rows: int, test_rows: int, model: str, seed: int, as_json: bool) -> None:
     """Train a small real model to turn orders in everyday language into JSON, and compare it before and after.

@@ -35,7 +35,14 @@ _SHARES = {"exact_match", "rouge_l", "json_valid"}
 @click.option("--answer-after", metavar="TEXT", help="exact_match compares what follows the last TEXT (GSM8K: '####').")
 @click.option("--predictions", metavar="FILE.jsonl", help="Write every answer here, one JSON object a line.")
 @click.option("--max-length", type=int, default=1024, show_default=True, help="Longest row for the loss, in tokens.")
-@click.option("--batch-size", type=int, default=32, show_default=True, help="Rows generated at once.")
+@click.option(
+    "--batch-size",
+    "--per_device_eval_batch_size",
+    type=int,
+    default=32,
+    show_default=True,
+    help="Rows generated at once.",
+)
 @click.option("--split", default="test", show_default=True, help="Split of a Hub data set.")
 def command(
     data: str, model: str | None, adapters: Sequence[str], predictions: str | None, as_json: bool, **settings: Any

@@ -1,4 +1,4 @@
-"""What `generate` and `chat` share: a model with or without an adapter, ready to be asked, and its flags."""
+"""What `generate` and `chat` share, and `eval` in part: a model with or without an adapter, and its flags."""
 
 from __future__ import annotations
 
@@ -50,15 +50,19 @@ def model_options(function: Callable[..., None]) -> Callable[..., None]:
             "--chat-template", default="auto", show_default=True, help="auto, none, a shipped name or a file."
         ),
         click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, mps."),
-        click.option("--dtype", default="auto", show_default=True, help="auto, fp32, bf16, fp16."),
-        click.option("--model", help="Hub id, folder, .gguf file or smollm2; without it, the adapter's base."),
+        click.option("--dtype", "--torch_dtype", default="auto", show_default=True, help="auto, fp32, bf16, fp16."),
+        click.option(
+            "--model",
+            "--model_name_or_path",
+            help="Hub id, folder, .gguf file or smollm2; without it, the adapter's base.",
+        ),
     ):
         function = option(function)
     return function
 
 
-def sampling_options(function: Callable[..., None]) -> Callable[..., None]:
-    """`--max-new-tokens`, `--temperature`, `--top-p`, `--seed`."""
+def subject_options(function: Callable[..., None]) -> Callable[..., None]:
+    """What is asked, and how it answers: `model_options`, `--adapter`, and the flags of sampling."""
     for option in (
         click.option("--seed", type=int, default=0, show_default=True, help="Determines the draws."),
         click.option(
@@ -66,6 +70,7 @@ def sampling_options(function: Callable[..., None]) -> Callable[..., None]:
         ),
         click.option("--temperature", type=float, default=0.0, show_default=True, help="0: the likeliest token."),
         click.option("--max-new-tokens", type=int, default=256, show_default=True, help="Longest answer."),
+        click.option("--adapter", metavar="FOLDER", help="Adapter to answer with."),
     ):
         function = option(function)
-    return function
+    return model_options(function)

@@ -16,8 +16,8 @@ from typing import Any, Literal, TypeVar
 
 import click
 
-from lorakit.config import Config
-from lorakit.errors import ConfigError, nearest
+from lorakit.config import Config, unknown_key
+from lorakit.errors import ConfigError
 
 AnyConfig = TypeVar("AnyConfig", bound=Config)
 
@@ -33,9 +33,24 @@ FILE_VALUES = "lorakit.file_values"
 class ConfigOption(click.Option):
     """A flag that stands for a field of a config class."""
 
+    config_class: type[Config]
+
+
+class _OneOf(click.Choice[str]):
+    """One of a field's literals, in any spelling that the field takes: fp32 or float32."""
+
+    def __init__(self, choices: Sequence[str], as_taken: Callable[[Any], Any]) -> None:
+        super().__init__(choices)
+        self._as_taken = as_taken
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        return super().convert(self._as_taken(value), param, ctx)
+
 
 class ConfigArgument(click.Argument):
     """A positional for a field of a config class. Never required by click: a `--config` file may hold it."""
+
+    config_class: type[Config]
 
 
 def config_options(
@@ -46,17 +61,21 @@ def config_options(
     Args:
         config_class: its type hints give the flags' types, the strings under its fields their help, its `aliases`
             further spellings.
-        positional: fields given without a flag, in the order of their declaration.
+        positional: fields given without a flag (or with one), in the order of their declaration.
     """
 
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
         parameters = _parameters(config_class, positional)
         names = [str(parameter.name) for parameter in parameters]
+        for parameter in parameters:
+            parameter.config_class = config_class
 
         @functools.wraps(function)
         def with_config(*args: Any, **values: Any) -> None:
             context = click.get_current_context()
             flags = {name: values.pop(name) for name in names}
+            for field in positional:
+                _take_either(flags, field)
             path, from_file = context.meta.get(FILE_VALUES, (None, {}))
             config = resolve_config(config_class, flags, from_file, where=path or context.command_path)
             function(*args, config=config, **values)
@@ -86,49 +105,47 @@ def resolve_config(
     Raises:
         ConfigError: unknown key, key given twice, missing or bad value; all of them at once.
     """
-    names = _spellings(config_class)
-    sections = {section for section, _ in names.values() if section}
-    values: dict[tuple[str, str], Any] = {}
+    names = spellings(config_class)
+    sections = section_names(config_class)
+    values: dict[tuple[str, str], tuple[str, Any]] = {}  # (section, field) -> (the name it is given by, value)
     problems: list[str] = []
 
-    def put(place: tuple[str, str], value: Any, key: str) -> None:
+    def put(place: tuple[str, str], name: str, value: Any, key: str) -> None:
         if place in values:
             problems.append(f"{key!r} sets {place[1]!r} a second time")
-        values[place] = value
-
-    def unknown(key: str) -> None:
-        guess = nearest(key, names)
-        hint = f"did you mean {' or '.join(guess)}?" if guess else f"known: {', '.join(sorted(names))}"
-        problems.append(f"unknown key {key!r}; {hint}")
+        values[place] = name, value
 
     for key, value in from_file.items():
         name = str(key).replace("-", "_")
-        name = config_class.aliases.get(name, name)
-        if name in sections:
+        if (section := sections.get(name)) is not None:
             if not isinstance(value, Mapping):
                 problems.append(f"{key}: expected 'name: value' lines, found {value!r}")
                 continue
             for inner, inner_value in value.items():
-                place = names.get(str(inner).replace("-", "_"))
-                if place is None or place[0] != name:
-                    unknown(str(inner))
+                name = str(inner).replace("-", "_")
+                if names.get(name, ("", ""))[0] == section:
+                    put(names[name], name, inner_value, f"{key}: {inner}")
                 else:
-                    put(place, inner_value, f"{key}: {inner}")
+                    problems.append(unknown_key(inner, names, advice=advice_of(config_class)))
         elif name in names:
-            put(names[name], value, str(key))
+            put(names[name], name, value, str(key))
         else:
-            unknown(str(key))
+            problems.append(unknown_key(key, names, advice=advice_of(config_class)))
+    by_flag: dict[tuple[str, str], tuple[str, Any]] = {}
     for key, value in flags.items():
         if value is not None:
-            section, _, field = key.rpartition("__")
-            values[section, field] = value
+            name = key.rpartition("__")[2]
+            place = names[name]
+            if place in by_flag:
+                problems.append(f"--{name} sets what --{by_flag[place][0]} sets too: give one of them")
+            by_flag[place] = name, value
 
     nested: dict[str, Any] = {}
-    for (section, field), value in values.items():
+    for (section, _), (name, value) in (values | by_flag).items():
         if section:
-            nested.setdefault(section, {})[field] = value
+            nested.setdefault(section, {})[name] = value
         else:
-            nested[field] = value
+            nested[name] = value
     try:
         config = config_class.from_dict(nested, where)
     except ConfigError as error:
@@ -138,7 +155,25 @@ def resolve_config(
     return config
 
 
-def _nested(config_class: type[Config]) -> dict[str, type[Config]]:
+def _take_either(flags: dict[str, Any], field: str) -> None:
+    """Put a positional that was given by its flag where the positional would stand.
+
+    Raises:
+        ConfigError: it was given both ways.
+    """
+    by_flag = flags.pop(_by_flag(field))
+    if by_flag is not None and flags[field] is not None:
+        raise ConfigError(f"{field} is given twice: as {flags[field]!r} and by a flag as {by_flag!r}; give one of them")
+    if by_flag is not None:
+        flags[field] = by_flag
+
+
+def _by_flag(field: str) -> str:
+    return f"{field}_by_flag"
+
+
+def sections_of(config_class: type[Config]) -> dict[str, type[Config]]:
+    """The fields of a config class that hold a config: name -> its class."""
     hints = typing.get_type_hints(config_class)
     return {
         f.name: hints[f.name]
@@ -147,13 +182,26 @@ def _nested(config_class: type[Config]) -> dict[str, type[Config]]:
     }
 
 
-def _spellings(config_class: type[Config]) -> dict[str, tuple[str, str]]:
+def section_names(config_class: type[Config]) -> dict[str, str]:
+    """Every accepted name of every section -> the field that holds it."""
+    sections = sections_of(config_class)
+    aliases = {alias: field for alias, field in config_class.aliases.items() if field in sections}
+    return {**{field: field for field in sections}, **aliases}
+
+
+def advice_of(config_class: type[Config]) -> dict[str, str]:
+    """Settings of other libraries that the class and its sections refuse with a word -> that word."""
+    return {k: v for cls in (config_class, *sections_of(config_class).values()) for k, v in cls.advice.items()}
+
+
+def spellings(config_class: type[Config]) -> dict[str, tuple[str, str]]:
     """Every accepted name of every field -> (section, field)."""
-    sections = _nested(config_class)
+    sections = sections_of(config_class)
     names: dict[str, tuple[str, str]] = {}
     for section, cls in [("", config_class), *sections.items()]:
         own = {f.name: f.name for f in dataclasses.fields(cls) if f.init}
-        for name, field in {**own, **cls.aliases}.items():
+        switches = {name: field for name, (field, _, _) in cls.switches.items()}
+        for name, field in {**own, **cls.aliases, **switches}.items():
             if section == "" and field in sections:
                 continue
             assert name not in names, f"{name} is a setting of {config_class.__name__} and of its section {section}"
@@ -161,10 +209,10 @@ def _spellings(config_class: type[Config]) -> dict[str, tuple[str, str]]:
     return names
 
 
-def _parameters(config_class: type[Config], positional: AbstractSet[str]) -> list[click.Parameter]:
+def _parameters(config_class: type[Config], positional: AbstractSet[str]) -> list[ConfigOption | ConfigArgument]:
     """The click parameters in the order of the fields."""
-    spellings = _spellings(config_class)
-    classes = {"": config_class, **_nested(config_class)}
+    names = spellings(config_class)
+    classes = {"": config_class, **sections_of(config_class)}
     docs = {section: _field_docs(cls) for section, cls in classes.items()}
     # what a nested config is by default in this one, which may differ from its own defaults
     made: dict[str, Config] = {
@@ -172,22 +220,33 @@ def _parameters(config_class: type[Config], positional: AbstractSet[str]) -> lis
         for f in dataclasses.fields(config_class)
         if f.name in classes and f.default_factory is not dataclasses.MISSING
     }
-    parameters: list[click.Parameter] = []
-    for section, field in dict.fromkeys(spellings.values()):
+    parameters: list[ConfigOption | ConfigArgument] = []
+    for section, field in dict.fromkeys(names.values()):
         cls = classes[section]
+        prefix = f"{section}__" if section else ""
+        internal = f"{prefix}{field}"
         if field in positional:
             parameters.append(ConfigArgument([field], required=False, metavar=field.upper()))
-            continue
-        names = [name for name, place in spellings.items() if place == (section, field)]
+            internal = _by_flag(field)
+        own = [name for name, place in names.items() if place == (section, field) and name not in cls.switches]
         description = next(f for f in dataclasses.fields(cls) if f.name == field)
-        internal = f"{section}__{field}" if section else field
+        hint = typing.get_type_hints(cls)[field]
         parameters.append(
             ConfigOption(
-                [internal, *_flags(names, typing.get_type_hints(cls)[field])],
+                [internal, *_flags(own, hint)],
                 help=_help(description, docs[section].get(field, ""), made.get(section)),
-                **_kind(typing.get_type_hints(cls)[field]),
+                **_kind(hint, functools.partial(cls.as_taken, field)),
             )
         )
+        parameters += [
+            ConfigOption(
+                [f"{prefix}{switch}", *_flags([switch], bool)],
+                help=f"The same as --{field} {if_true}.",
+                **_kind(bool, functools.partial(cls.as_taken, field)),
+            )
+            for switch, (switched, if_true, _) in cls.switches.items()
+            if switched == field
+        ]
     return parameters
 
 
@@ -222,16 +281,21 @@ def _field_docs(cls: type[Config]) -> dict[str, str]:
     return docs
 
 
-def _kind(hint: Any) -> dict[str, Any]:
-    """The click settings for a type hint. A parameter that is not given is None, whatever its type."""
-    alternatives = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+def _kind(hint: Any, as_taken: Callable[[Any], Any]) -> dict[str, Any]:
+    """The click settings for a type hint. A parameter that is not given is None, whatever its type.
+
+    Args:
+        hint: of the field.
+        as_taken: the field's own reading of a value (`Config.as_taken`).
+    """
+    alternatives = typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
     alternatives = tuple(kind for kind in alternatives if kind is not types.NoneType)
     if len(alternatives) == 2 and str in alternatives:
         return _repeated("NAME[,NAME...]|REGEX", _names_or_pattern)
     (kind,) = alternatives
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin is Literal:
-        return {"type": click.Choice(arguments), "default": None}
+        return {"type": _OneOf(arguments, as_taken), "default": None}
     if origin is tuple:
         return _repeated(f"{arguments[0].__name__.upper()}[,...]", functools.partial(_items, arguments[0]))
     if origin in (dict, Mapping):

@@ -12,6 +12,7 @@ import click
 
 from lorakit.cli.common import FILE_VALUES, config_options, console, emit, verb
 from lorakit.config import read_yaml
+from lorakit.errors import ConfigError
 from lorakit.training.config import TrainConfig
 
 if TYPE_CHECKING:
@@ -19,13 +20,19 @@ if TYPE_CHECKING:
 
 
 def settings_of_the_run(function: Callable[..., None]) -> Callable[..., None]:
-    """With `--resume` and no `--config`, settings come from the run folder's `run.yaml`; flags override them."""
+    """With `--resume` and no `--config`, settings come from the run folder's `run.yaml`; flags override them.
+
+    Raises:
+        ConfigError: no folder is given.
+    """
 
     @functools.wraps(function)
     def with_settings(*args: Any, **values: Any) -> None:
         context = click.get_current_context()
-        if values.get("resume") and values.get("output") and FILE_VALUES not in context.meta:
-            path = Path(values["output"]) / "run.yaml"
+        if values["resume"] and FILE_VALUES not in context.meta:
+            if values["output"] is None:
+                raise ConfigError("--resume needs --output FOLDER, the folder of the run to go on with")
+            path = Path(values["output"]).expanduser() / "run.yaml"
             if path.exists():
                 context.meta[FILE_VALUES] = (str(path), read_yaml(path))
         function(*args, **values)
@@ -38,6 +45,8 @@ def settings_of_the_run(function: Callable[..., None]) -> Callable[..., None]:
 @config_options(TrainConfig, positional={"data"})
 def command(config: TrainConfig, as_json: bool) -> None:
     """Train an adapter on DATA (.jsonl, .json, .csv, .parquet, .txt, or a Hub data set id).
+
+    The run goes into --output, or a new folder under runs/.
 
     Ctrl-C saves a checkpoint and says how to go on; a second one stops at once.
     """

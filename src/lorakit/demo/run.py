@@ -11,7 +11,7 @@ from lorakit import models
 from lorakit.demo.orders import Part, canonical, make_orders
 from lorakit.errors import ConfigError
 from lorakit.evaluation import Evaluation, evaluate
-from lorakit.files import JsonLines, write_json
+from lorakit.files import JsonLines, free_folder, write_json
 from lorakit.training.config import TrainConfig
 from lorakit.training.events import OnEvent, Phase
 from lorakit.training.run import Run, train
@@ -88,7 +88,7 @@ def demo(
     begun = time.monotonic()
     tell = on_event or (lambda event: None)
     models.resolve(model)  # before anything is written
-    folder = Path(output) if output is not None else _free_folder(Path("runs/demo"))
+    folder = Path(output) if output is not None else free_folder("runs/demo")
     sizes: dict[Part, int] = {"train": rows, "valid": max(4, rows // 30), "test": test_rows}
     files = {part: _write(folder / f"{part}.jsonl", part, count, seed) for part, count in sizes.items()}
     config = TrainConfig(
@@ -116,15 +116,6 @@ def demo(
         )
     write_json(folder / "demo.json", result.to_dict())
     return result
-
-
-def _free_folder(wanted: Path) -> Path:
-    """`wanted`, or the first of wanted-2, wanted-3, ... that is not there yet."""
-    number, folder = 1, wanted
-    while folder.exists():
-        number += 1
-        folder = wanted.with_name(f"{wanted.name}-{number}")
-    return folder
 
 
 def _write(path: Path, part: Part, count: int, seed: int) -> Path:

@@ -18,7 +18,14 @@ import torch
 from lorakit.adapter.config import LoRAConfig
 from lorakit.adapter.value import Adapter, BaseInfo, Factors
 from lorakit.errors import AdapterFileError, ConfigError, FileError, bullet_list
-from lorakit.files import parse_json, read_json, read_safetensors, write_json, write_safetensors
+from lorakit.files import (
+    parse_json,
+    read_json,
+    read_safetensors,
+    read_safetensors_header,
+    write_json,
+    write_safetensors,
+)
 from lorakit.version import __version__
 
 CONFIG_FILE = "adapter_config.json"
@@ -109,7 +116,7 @@ def _config_for_peft(adapter: Adapter) -> dict[str, Any]:
     ranks, alphas = _patterns(adapter)
     return {
         "auto_mapping": None,
-        "base_model_name_or_path": base.name if base else None,
+        "base_model_name_or_path": (base.published or base.name) if base else None,
         "bias": config.bias,
         "exclude_modules": config.to_dict()["exclude_modules"],
         "fan_in_fan_out": architecture.startswith("GPT2"),
@@ -180,6 +187,25 @@ def read(path: Path) -> Adapter:
     if base is None and values.get("base_model_name_or_path"):
         base = BaseInfo(name=values["base_model_name_or_path"], architecture="", dtype="", structure="", samples=())
     return _sort_tensors(tensors, config, tensor_file, base, extra)
+
+
+def base_name(folder: Path) -> str | None:
+    """What lorakit calls the base of the adapter in `folder`, or None if it names none.
+
+    `base_model_name_or_path` is for every tool. Where it is as we wrote it, our metadata know the alias, if the base
+    was one; where somebody has changed it, it counts.
+
+    Raises:
+        FileError: a file cannot be read.
+        AdapterFileError: our metadata are damaged.
+    """
+    values, tensor_file = read_json(folder / CONFIG_FILE), folder / TENSOR_FILE
+    named = values.get("base_model_name_or_path") if isinstance(values, dict) else None
+    if named and tensor_file.is_file():
+        ours, _ = _read_our_metadata(read_safetensors_header(tensor_file)[1], tensor_file)
+        if ours is not None and ours.published == named:
+            return ours.name
+    return str(named) if named else None
 
 
 def _what_is_there(folder: Path) -> str:

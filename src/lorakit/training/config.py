@@ -5,10 +5,54 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
+
+import pydantic
 
 from lorakit.adapter.config import LoRAConfig
-from lorakit.config import Config
+from lorakit.config import Config, DtypeName, Place
+
+# settings of transformers, TRL and axolotl that are none here (several names a line) -> what to do instead
+_ADVICE = {
+    name: instead
+    for names, instead in {
+        "bf16": "set dtype to bf16, or leave it at auto",
+        "fp16": "set dtype to fp16, or leave it at auto",
+        "load_in_4bit load_in_8bit quantization_config bnb_4bit_quant_type bnb_4bit_compute_dtype": (
+            "training on a quantised base is not in this version; dtype bf16 takes half the memory of fp32"
+        ),
+        "optim optimizer": "the optimiser is AdamW, set by weight_decay, adam_beta1, adam_beta2 and adam_epsilon",
+        "warmup_steps": "set warmup, a share of all steps (0.03)",
+        "eval_strategy evaluation_strategy": "set eval_steps, or leave it out",
+        "save_strategy": "set save_steps, or leave it out",
+        "logging_steps logging_strategy logging_first_step": "every step is logged, in metrics.jsonl",
+        "report_to logging_dir wandb_project": "the run folder holds all that is logged: metrics.jsonl, report.html",
+        "run_name": "a run is named by its folder: set output",
+        "packing sample_packing padding_free pad_to_sequence_len": (
+            "rows are always packed, without padding and without leaking into each other"
+        ),
+        "group_by_length": "rows are packed without padding, so it does not matter which go together",
+        "gradient_checkpointing": "lower micro_batch_tokens to save memory; it changes results by rounding only",
+        "auto_find_batch_size": "micro_batch_tokens bounds the memory, whatever batch_size is",
+        "per_device_eval_batch_size": "micro_batch_tokens bounds evaluation too; lorakit eval has batch_size",
+        "load_best_model_at_end": "the best adapter is always kept, in best/",
+        "metric_for_best_model": "the best adapter is the one with the least loss on the validation rows",
+        "resume_from_checkpoint": "set resume, and output to the run's folder: it goes on from its newest checkpoint",
+        "overwrite_output_dir": "no run is overwritten: set another output, or leave it out for a new folder",
+        "do_train do_eval": "lorakit train does both; lorakit eval measures on other rows",
+        "train_on_inputs completion_only_loss assistant_only_loss": "set train_on to assistant or all",
+        "dataset_text_field dataset_format": "leave it out: rows are told apart by their keys (text, messages, ...)",
+        "use_peft": "leave it out: what is trained is always an adapter",
+        "attn_implementation flash_attention": "leave it out: attention is chosen to suit packed rows",
+        "deepspeed fsdp": "training on several devices is not in this version",
+        "push_to_hub": "not in this version; `hf upload NAME RUN/best` does it",
+    }.items()
+    for name in names.split()
+}
+
+
+# as transformers writes "not set"
+_MINUS_ONE_IS_NONE = pydantic.BeforeValidator(lambda value: None if type(value) is int and value == -1 else value)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,32 +61,50 @@ class TrainConfig(Config):
 
     aliases: ClassVar[Mapping[str, str]] = {
         "num_train_epochs": "epochs",
+        "num_epochs": "epochs",
         "per_device_train_batch_size": "batch_size",
         "lr": "learning_rate",
         "lr_scheduler_type": "schedule",
+        "lr_scheduler": "schedule",
+        "warmup_ratio": "warmup",
         "max_grad_norm": "clip",
         "max_seq_length": "max_length",
+        "sequence_len": "max_length",
         "cutoff_len": "max_length",
         "model_name_or_path": "model",
+        "base_model": "model",
+        "torch_dtype": "dtype",
+        "train_file": "data",
+        "dataset": "data",
+        "dataset_name": "data",
         "output_dir": "output",
         "valid": "validation",
+        "validation_file": "validation",
+        "eval_file": "validation",
+        "val_set_size": "validation_share",
+        "save_total_limit": "keep_checkpoints",
+        "early_stopping_patience": "early_stop",
         "lora_config": "lora",
     }
+    advice: ClassVar[Mapping[str, str]] = _ADVICE
 
-    model: str
+    model: Place
     """Base model: Hub id, folder, .gguf file, or the alias smollm2."""
 
-    data: str
+    data: Place
     """Training rows: a .jsonl, .json, .csv, .parquet or .txt file, or a Hub data set id."""
 
-    output: str
-    """Run folder to create."""
+    output: Place | None = None
+    """Run folder to create; None: runs/NAME-1, with the name of the data, or the first such number that is free."""
 
-    validation: str | None = None
+    method: Literal["sft"] = "sft"
+    """How the adapter is trained. sft: supervised fine-tuning, on the mean cross-entropy of `train_on`'s tokens."""
+
+    validation: Place | None = None
     """Validation rows; None holds out `validation_share` of the training rows."""
 
     validation_share: float = 0.05
-    """Share of rows held out when no validation file is given (at most 500 rows, at least 1)."""
+    """Share of rows held out when no validation file is given, above 0 and below 1 (at most 500 rows, at least 1)."""
 
     lora: LoRAConfig = field(default_factory=lambda: LoRAConfig(r=8))
     """The adapter. Rank 8, where LoRAConfig has 16: half the file for nearly the same result."""
@@ -50,8 +112,8 @@ class TrainConfig(Config):
     epochs: float = 1.0
     """Passes over the training rows."""
 
-    max_steps: int | None = None
-    """Optimiser steps; overrides `epochs`."""
+    max_steps: Annotated[int | None, _MINUS_ONE_IS_NONE] = None
+    """Optimiser steps; overrides `epochs`. None, or -1: as many as `epochs` takes."""
 
     batch_size: int = 16
     """Rows per optimiser step and process, times `gradient_accumulation_steps`."""
@@ -85,8 +147,9 @@ class TrainConfig(Config):
     adam_beta1: float = 0.9
     """AdamW's first decay rate."""
 
-    adam_beta2: float = 0.999
-    """AdamW's second decay rate."""
+    adam_beta2: float = 0.99
+    """AdamW's second decay rate: below torch's 0.999, whose memory of 1,000 steps is longer than most runs here
+    (docs/log.md: E2E, defaults)."""
 
     adam_epsilon: float = 1e-8
     """AdamW's denominator floor."""
@@ -94,7 +157,7 @@ class TrainConfig(Config):
     clip: float = 1.0
     """Largest gradient norm; 0 turns clipping off."""
 
-    dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    dtype: DtypeName = "auto"
     """Storage and arithmetic of the base; the adapter is fp32. auto: what a probe of this machine finds fastest and
     safe.
     """
@@ -105,7 +168,7 @@ class TrainConfig(Config):
     train_on: Literal["assistant", "all"] = "assistant"
     """Which tokens carry loss: assistant turns with their end token, or every token."""
 
-    chat_template: str = "auto"
+    chat_template: Place = "auto"
     """auto: the tokenizer's own; a template lorakit ships (see lorakit check --help); a Jinja file; none: no
     template.
     """
@@ -149,7 +212,14 @@ class TrainConfig(Config):
         ]
         found += [
             f"{name}: must be in [0, 1) (got {getattr(self, name)})"
-            for name in ("warmup", "validation_share", "adam_beta1", "adam_beta2")
+            for name in ("warmup", "adam_beta1", "adam_beta2")
             if not 0 <= getattr(self, name) < 1
         ]
+        if not 0 < self.validation_share < 1:
+            found.append(
+                f"validation_share: must be above 0 and below 1 (got {self.validation_share}); the best step is "
+                "chosen on held-out rows, so there must be some: set a small share, or a file of them as validation"
+            )
+        if self.resume and self.output is None:
+            found.append("resume: needs output, the folder of the run to go on with")
         return found

@@ -10,6 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from lorakit.data.batches import collate, plan_evaluation
 from lorakit.data.chat import Example
+from lorakit.fusion import fused
 from lorakit.packing import packed_attention, packed_logits
 
 _CHUNK_ELEMENTS = 1 << 22  # fp32 workspace of the loss: 16 MiB
@@ -94,7 +95,7 @@ def mean_loss(
     total, tokens = 0.0, 0
     try:
         lengths = [len(example.ids) for example in examples]
-        with packed_attention(model, max(lengths)) as packs:
+        with fused(model), packed_attention(model, max(lengths)) as packs:
             for indices in plan_evaluation(lengths, micro_batch_tokens=micro_batch_tokens):
                 batch = collate(examples, indices, share=packs).to(device)
                 total += float(cross_entropy_sum(packed_logits(model, batch), batch.targets))

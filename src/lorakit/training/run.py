@@ -7,6 +7,7 @@ trained, and nothing is called done before the base is proved unchanged and the 
 from __future__ import annotations
 
 import math
+import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -21,10 +22,12 @@ from lorakit.adapter.value import Adapter
 from lorakit.data.chat import ChatFormat, Prompt
 from lorakit.data.prepare import Data, read_data
 from lorakit.data.schema import schema_of
+from lorakit.data.sources import located
 from lorakit.errors import RunError, bullet_list
 from lorakit.files import (
     JsonLines,
     atomic_folder,
+    free_folder,
     locked_folder,
     read_json,
     remove_leftovers,
@@ -108,7 +111,8 @@ def train(config: TrainConfig, on_event: OnEvent | None = None) -> Run:
     """Train an adapter on a data file and leave it, verified, in a run folder.
 
     Args:
-        config: everything that determines the run; `resume=True` goes on with the run in `output`.
+        config: everything that determines the run; `resume=True` goes on with the run in `output`; without `output` the
+            run gets a new folder under runs/ (`Run.directory`).
         on_event: told what happens (`lorakit.training.events`).
 
     Raises:
@@ -118,7 +122,8 @@ def train(config: TrainConfig, on_event: OnEvent | None = None) -> Run:
         TargetError: the adapter's config names what is not in the model.
         NonFiniteLossError: the loss or gradient is no longer finite.
     """
-    folder = Path(config.output)
+    folder = _new_folder(config.data) if config.output is None else Path(config.output).expanduser()
+    config = config.replace(output=str(folder))
     with locked_folder(folder):
         if config.resume:
             config = _as_begun(config, folder)
@@ -133,6 +138,7 @@ def _train(config: TrainConfig, folder: Path, on_event: OnEvent) -> Run:
     tokenizer = load_tokenizer(config.model)
     chat = ChatFormat(tokenizer, stop_ids(None, tokenizer), config.max_length, config.chat_template, config.train_on)
     data = read_data(config.data, config.validation, config.validation_share, config.seed, chat)
+    chat = data.chat_format
     train_examples, valid_examples = data.train.examples, data.valid.examples
     on_event(DataReady(len(data.train.rows), len(data.valid.rows), data.lines()))
     plan = Plan.of(config, train_examples)
@@ -150,7 +156,7 @@ def _train(config: TrainConfig, folder: Path, on_event: OnEvent) -> Run:
 
     identity = identity_of(config, train_examples, valid_examples, chat.template, adapters.base_info(), device)
     checkpoint = _checkpoint(folder, identity, on_event) if config.resume else None
-    write_text(folder / "run.yaml", _located(config).to_yaml())
+    write_text(folder / "run.yaml", _located(config, folder).to_yaml())
     write_json(folder / "data.json", data.statistics())
     samples = _Samples(folder / "samples.json", model, chat, _sample_prompts(config.samples, data, chat, model))
     with adapters.disabled():
@@ -193,18 +199,19 @@ def _train(config: TrainConfig, folder: Path, on_event: OnEvent) -> Run:
 # ---------------------------------------------------------------- settings
 
 
-def _located(config: TrainConfig) -> TrainConfig:
+def _new_folder(data: str) -> Path:
+    """runs/data-1 for data.jsonl, owner/data and the like, or the first such number that is free."""
+    name = re.sub(r"[^\w.-]+", "-", Path(data).stem) or "run"
+    return free_folder(Path("runs") / f"{name}-1")
+
+
+def _located(config: TrainConfig, folder: Path) -> TrainConfig:
     """For `run.yaml`: paths made absolute, so that it holds from any folder; Hub ids and aliases as they are."""
-
-    def absolute(place: str) -> str:
-        path = Path(place).expanduser()
-        return str(path.resolve()) if path.exists() else place
-
     return config.replace(
         model=resolve(config.model).name,
-        data=absolute(config.data),
-        validation=None if config.validation is None else absolute(config.validation),
-        output=absolute(config.output),
+        data=located(config.data),
+        validation=None if config.validation is None else located(config.validation),
+        output=str(folder.resolve()),
         resume=False,
     )
 
@@ -215,19 +222,21 @@ def _resolved(config: TrainConfig, device: torch.device, plan: Plan, valid_token
     return config.replace(
         device=str(device),
         dtype=next(name for name, known in machine.DTYPES.items() if known == dtype),
-        eval_steps=config.eval_steps or math.ceil(plan.total_steps / _evaluations(plan, valid_tokens)),
+        eval_steps=config.eval_steps
+        or math.ceil(plan.total_steps / _evaluations(plan, valid_tokens, config.early_stop)),
         save_steps=config.save_steps or config.eval_steps or math.ceil(plan.total_steps / EVALUATIONS),
     )
 
 
-def _evaluations(plan: Plan, valid_tokens: int) -> int:
-    """How often a run evaluates: eight times, less often where that would take long, at least twice.
+def _evaluations(plan: Plan, valid_tokens: int, early_stop: int | None = None) -> int:
+    """How often a run evaluates: eight times, less often where that would take long, at least twice, and often enough
+    for `early_stop` to have its say.
 
     A token costs half as much in evaluation as in training: the forward pass, where the backward pass through frozen
     weights costs the same once more.
     """
     affordable = EVALUATION_SHARE * plan.tokens / (valid_tokens / 2)
-    return max(2, min(EVALUATIONS, int(affordable)))
+    return max(2, min(EVALUATIONS, int(affordable)), 0 if early_stop is None else max(EVALUATIONS, 2 * early_stop))
 
 
 def _refuse_used(folder: Path) -> None:

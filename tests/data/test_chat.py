@@ -151,6 +151,42 @@ def test_the_end_token_is_trained_though_it_is_the_padding_token(style):
     assert not example.eos_appended
 
 
+ANSWERED = {  # what is trained of the answer "four", as each style writes it
+    "chatml": "four<|im_end|>",
+    "llama3": "four<|eot_id|>",
+    "qwen3": "<think>\n\n</think>\n\nfour<|im_end|>",
+    "mistral": "four</s>",
+    "gemma": "four<end_of_turn>",
+    "phi3": "four<|end|>",
+}
+
+
+@pytest.mark.parametrize("pad_is_end", [True, False])
+@pytest.mark.parametrize(("style", "answer"), ANSWERED.items())
+def test_labels_of_a_cut_row_token_by_token(style, answer, pad_is_end):
+    """The prompt gives way, the answer and its end stay trained, each token of them, whatever the padding token is."""
+    tokenizer = STYLES[style]()
+    tokenizer.pad_token = tokenizer.eos_token if pad_is_end else "<|start_header_id|>"
+    question = "What is the answer? " * 30
+    (whole,) = chat(tokenizer).encode(row(messages=messages(question, "four")))
+    (cut,) = chat(tokenizer, max_length=40).encode(row(messages=messages(question, "four")))
+    expected = tokenizer(answer, add_special_tokens=False).input_ids
+    for example in (whole, cut):
+        assert example.ids[-len(expected) :] == expected
+        assert example.trained == [False] * (len(example.ids) - len(expected)) + [True] * len(expected)
+        assert example.ends
+    assert len(cut.ids) == 40
+    assert cut.prompt_cut == len(whole.ids) - 40
+    assert whole.prompt_cut == cut.answer_cut == 0
+
+
+@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("nothing", ["", "  \n"])
+def test_an_empty_answer_is_refused_and_not_trained_as_silence(style, nothing):
+    with pytest.raises(DataError, match="turn 2: the assistant's content is empty"):
+        chat(STYLES[style]()).encode(row(messages=messages("Name a colour.", nothing)))
+
+
 def test_a_template_without_an_end_gets_the_end_token_and_each_answer_an_example():
     tokenizer = make_tokenizer(NO_END)
     examples = chat(tokenizer).encode(row(messages=messages("What?", "Blue.", "and?", "Red.")))

@@ -28,9 +28,9 @@ from transformers import (
 )
 
 import lorakit
-from lorakit import LoRAConfig, packing
+from lorakit import LoRAConfig
 from lorakit.data.batches import Batch, collate
-from lorakit.packing import has_dropout, packed_attention, packed_logits
+from lorakit.packing import attention, has_dropout, layout, packed_attention, packed_logits
 
 SMALL = {
     "hidden_size": 32,
@@ -148,24 +148,24 @@ def test_a_shared_beginning_changes_nothing_but_rounding(make, dtype, tolerance)
 @pytest.mark.parametrize("window", [None, 5], ids=["full", "window"])
 def test_the_fast_attention_of_short_rows_is_the_plain_one(window):
     heads, kv_heads, dim = 4, 2, 3
-    layout = packing._Layout(lengths=(4, 20, 6, 7), forks=(0, 0, 5, 4))
-    rows = layout.short(torch.device("cpu"), window, heads, kv_heads)
+    packed = layout.Layout(lengths=(4, 20, 6, 7), forks=(0, 0, 5, 4))
+    rows = packed.short(torch.device("cpu"), window, heads, kv_heads)
     torch.manual_seed(0)
     q, k, v = (torch.randn(28, h, dim, dtype=torch.float64, requires_grad=True) for h in (heads, kv_heads, kv_heads))
 
     def fast(q, k, v):
-        return packing._AttendShort.apply(q, k, v, rows, 0.6)
+        return attention._AttendShort.apply(q, k, v, rows, 0.6)
 
-    torch.testing.assert_close(fast(q, k, v), packing._attend_short_plain(q, k, v, rows, 0.6))
+    torch.testing.assert_close(fast(q, k, v), attention._attend_short_plain(q, k, v, rows, 0.6))
     assert torch.autograd.gradcheck(fast, (q, k, v))
 
 
 def test_rows_of_unlike_size_do_not_attend_together():
-    layout = packing._Layout(lengths=(10, 250, 12, 240), forks=(0,) * 4)
-    rows = layout.short(torch.device("cpu"), None, 1, 1)
+    packed = layout.Layout(lengths=(10, 250, 12, 240), forks=(0,) * 4)
+    rows = packed.short(torch.device("cpu"), None, 1, 1)
     assert [group.count for group in rows.groups] == [2, 2]
-    assert not layout.long
-    assert [len(row.own) for row in packing._Layout((300, 20), (0, 0)).long] == [300]
+    assert not packed.long
+    assert [len(row.own) for row in layout.Layout((300, 20), (0, 0)).long] == [300]
 
 
 def test_dropout_is_seen_wherever_it_is():
@@ -217,7 +217,7 @@ def test_rows_too_long_for_our_attention_run_alone(kind, config, settings, limit
     model = build(lambda: kind(config(**SMALL, **settings)))
     with packed_attention(model, limit + 1) as packs:
         assert not packs
-        assert model.config._attn_implementation != packing.ATTENTION_NAME
+        assert model.config._attn_implementation != attention.ATTENTION_NAME
     rows = batch((limit, 5, limit), every=1)
     alone = packed_logits(model, rows)
     with packed_attention(model, limit) as packs:
@@ -240,10 +240,10 @@ def test_gradient_checkpointing_changes_nothing(reentrant):
 
 
 def test_a_window_that_hides_nothing_costs_no_second_grouping():
-    layout = packing._Layout((10, 12), (0, 0))
-    full = layout.short(torch.device("cpu"), None, 2, 1)
-    assert layout.short(torch.device("cpu"), 12, 2, 1) is full
-    assert layout.short(torch.device("cpu"), 11, 2, 1) is not full
+    packed = layout.Layout((10, 12), (0, 0))
+    full = packed.short(torch.device("cpu"), None, 2, 1)
+    assert packed.short(torch.device("cpu"), 12, 2, 1) is full
+    assert packed.short(torch.device("cpu"), 11, 2, 1) is not full
 
 
 def test_a_row_cannot_see_its_neighbours():

@@ -1,0 +1,204 @@
+"""Rows of different length through a causal language model as one sequence: no padding, no leak. Knows no loss.
+
+All rows of a micro-batch are laid end to end as (1, T) tokens with positions that restart at each row; what rows have
+in common at their beginning (a system prompt, a template, a question) stands once (`data.batches`). Everything in a
+transformer but attention works on single tokens, so only attention must know the rows: while `packed_attention` is
+entered, the model uses the attention function below, which lets each token see the tokens before it in its own row,
+wherever they lie. A model without exchangeable attention, or one that lets rows touch in another way (a state space, a
+convolution over time), is found by a probe on the model itself and then gets its rows one by one: slower, and as right.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import math
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.nn.modules.dropout import _DropoutNd
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from lorakit.core.deltas import LoRA
+from lorakit.data.batches import Batch
+from lorakit.packing.attention import ATTENTION_NAME, LAYOUT
+from lorakit.packing.layout import Layout
+
+_packable: weakref.WeakKeyDictionary[torch.nn.Module, float] = weakref.WeakKeyDictionary()
+
+
+@contextlib.contextmanager
+def packed_attention(model: torch.nn.Module, longest: int) -> Iterator[bool]:
+    """Let `packed_logits` run rows of `model` end to end. The model's own attention is back afterwards, whatever is
+    raised.
+
+    The first time a model is entered, a probe runs four short rows through it, packed and alone (see `_probe`).
+
+    Args:
+        model: any causal language model.
+        longest: tokens of the longest row that will come. Some models treat rows beyond a length in a way that packing
+            cannot give them (see `_longest_packable`).
+
+    Yields:
+        Whether the model packs; if not, `packed_logits` runs its rows one by one.
+    """
+    if not _attention_is_exchangeable(model):
+        yield False
+        return
+    if model not in _packable:
+        _packable[model] = _probe(model)
+    if _packable[model] < longest:
+        yield False
+        return
+    with _exchanged_attention(model):
+        yield True
+
+
+def packed_logits(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+    """Logits that predict the targets of a micro-batch: (L, V), in the model's dtype.
+
+    Args:
+        model: a transformers causal language model; packs only inside `packed_attention(model)`.
+        batch: rows laid end to end.
+    """
+    if _config_attention(model) == ATTENTION_NAME:
+        layout = {LAYOUT: Layout(batch.lengths, batch.forks)}
+        logits = _logits(model, batch.ids, batch.positions, batch.predict, layout)
+        return logits if batch.source is None else F.embedding(batch.source, logits)
+    assert batch.source is None, "only a model that packs can share what its rows begin with"
+    assert not any(batch.forks), "only a model that packs can share what its rows begin with"
+    pieces, start = [], 0
+    for length in batch.lengths:
+        inside = (batch.predict >= start) & (batch.predict < start + length)
+        row = slice(start, start + length)
+        if inside.any():
+            pieces.append(_logits(model, batch.ids[row], batch.positions[row], batch.predict[inside] - start, {}))
+        start += length
+    return torch.cat(pieces)
+
+
+def has_dropout(model: torch.nn.Module) -> bool:
+    """Whether the model draws anything in train mode; shared tokens would then have one draw for all their rows."""
+    layers = any(
+        module.p > 0 if isinstance(module, _DropoutNd) else isinstance(module, LoRA) and module.dropout > 0
+        for module in model.modules()
+    )
+    return layers or any(
+        ("drop" in key or "jitter" in key) and isinstance(value, int | float) and value > 0
+        for key, value in _settings(model)
+    )
+
+
+def _settings(model: torch.nn.Module) -> Iterator[tuple[str, Any]]:
+    """All settings of a transformers model, those of its parts too."""
+
+    def walk(values: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+        for key, value in values.items():
+            if isinstance(value, dict):
+                yield from walk(value)
+            else:
+                yield str(key), value  # a table of labels has numbers for keys
+
+    config = getattr(model, "config", None)
+    if isinstance(config, PreTrainedConfig):
+        yield from walk(config.to_dict())
+
+
+def _longest_packable(model: torch.nn.Module, windows: set[int | None]) -> float:
+    """The longest row that may be packed: beyond it, what the model does to a row is not seen by our attention.
+
+    That is attention in chunks or to a chosen few keys, a sliding window that the layers do not tell, and rotary
+    frequencies that depend on the longest position at hand, and so on the neighbours.
+
+    Args:
+        model: whose settings to read.
+        windows: what its attention layers have asked for.
+    """
+    settings = list(_settings(model))
+    limits = [v for key, v in settings if key in ("attention_chunk_size", "index_topk") and isinstance(v, int)]
+    limits += [v for key, v in settings if key == "sliding_window" and isinstance(v, int) and v not in windows]
+    if any(key in ("rope_type", "type") and value in ("dynamic", "longrope") for key, value in settings):
+        context = ("original_max_position_embeddings", "max_position_embeddings")
+        limits += [value for key, value in settings if key in context and isinstance(value, int)]
+    return min(limits, default=math.inf)
+
+
+def _logits(
+    model: torch.nn.Module, ids: torch.Tensor, positions: torch.Tensor, predict: torch.Tensor, extra: dict[str, Any]
+) -> torch.Tensor:
+    """One forward of (1, T) tokens; the output head runs at `predict` only, where the model can do that."""
+    if "logits_to_keep" in inspect.signature(model.forward).parameters:
+        extra = {**extra, "logits_to_keep": predict}
+        predict = torch.arange(len(predict), device=predict.device)
+    output = model(input_ids=ids[None], position_ids=positions[None], use_cache=False, **extra)
+    logits: torch.Tensor = output.logits.squeeze(0)
+    return logits if "logits_to_keep" in extra else logits[predict]
+
+
+def _config_attention(model: torch.nn.Module) -> str | None:
+    return getattr(getattr(model, "config", None), "_attn_implementation", None)
+
+
+def _attention_is_exchangeable(model: torch.nn.Module) -> bool:
+    return isinstance(model, PreTrainedModel) and bool(model._supports_attention_backend)
+
+
+@contextlib.contextmanager
+def _exchanged_attention(model: Any) -> Iterator[None]:
+    before = model.config._attn_implementation
+    model.set_attn_implementation(ATTENTION_NAME)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+
+
+@torch.inference_mode()
+def _probe(model: Any) -> float:
+    """The longest row that may be packed; 0 where rows packed do not give what rows alone give, or a row can tell what
+    stands before it.
+
+    Rounding differs between the two ways, so the comparison is loose; the leak test is sharp: the second row's logits
+    must not move when the first row's tokens change. Models that refuse our attention do not pack.
+    """
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    ids = torch.arange(15, device=device) * 7919 % model.get_input_embeddings().weight.shape[0]
+    beginning, one, other, changed = ids[:3], ids[3:6], ids[6:12], ids[12:15]
+    at = torch.arange(9, device=device)
+
+    def run(*rows: torch.Tensor, forks: tuple[int, ...] = (0, 0)) -> torch.Tensor:
+        """Logits of rows laid end to end, without what a row shares with the one before it."""
+        own = list(zip(rows, forks, strict=False))
+        tokens = torch.cat([row[fork:] for row, fork in own])
+        positions = torch.cat([at[fork : len(row)] for row, fork in own])
+        layout = Layout([len(row) for row in rows], forks[: len(rows)])
+        every = torch.arange(len(tokens), device=device)
+        logits = _logits(model, tokens, positions, every, {LAYOUT: layout} if len(rows) > 1 else {}).float()
+        windows.update(layout.windows)
+        return logits
+
+    windows: set[int | None] = set()
+    rows = torch.cat([beginning, one]), torch.cat([beginning, other])
+    try:
+        alone = torch.cat([run(row) for row in rows])
+        with _exchanged_attention(model):
+            packed, moved = run(*rows), run(torch.cat([beginning, changed]), rows[1])
+            shared = run(*rows, forks=(0, len(beginning)))
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, TypeError, KeyError, ValueError, IndexError):
+        return 0
+    finally:
+        model.train(was_training)
+    size = alone.abs().max()
+    tolerance = 1e-3 if model.dtype == torch.float32 else 5e-2
+    equal = bool((packed - alone).abs().max() <= tolerance * size)
+    unshared = torch.cat([shared[:6], shared[:3], shared[6:]])
+    equal = equal and bool((unshared - alone).abs().max() <= tolerance * size)
+    private = bool((packed[6:] - moved[6:]).abs().max() <= 1e-2 * tolerance * size)
+    return _longest_packable(model, windows) if equal and private else 0

@@ -18,19 +18,8 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_
 import lorakit
 from lorakit import LoRAConfig
 from lorakit.fusion import _same_code, fused
+from tiny_models import SMALL
 
-SMALL = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 97,
-    "head_dim": 8,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-}
 MODELS = {  # and how many of its modules run fast: norms, SwiGLU blocks, attentions with rotary
     "llama": (lambda: LlamaForCausalLM(LlamaConfig(**SMALL)), 5 + 2 + 2),
     "qwen3: norms of q and k too": (lambda: Qwen3ForCausalLM(Qwen3Config(**SMALL)), 9 + 2 + 2),

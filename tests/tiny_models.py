@@ -9,6 +9,17 @@ CHATML = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
+# Settings that make a small model of any Llama-like config class: sizes alone, and with what else most of them take.
+DECODER_SIZES = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 97,
+}
+SMALL = {**DECODER_SIZES, "head_dim": 8, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+
 
 def byte_tokenizer(*added, chat_template=CHATML, eos="<|endoftext|>", pad=None):
     """One token a byte, one for "hi", then special: `<|endoftext|>`, `<|im_start|>`, `<|im_end|>`, `added`."""

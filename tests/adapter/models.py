@@ -21,6 +21,7 @@ from transformers import (
 )
 
 from lorakit.adapter.attach import AttachedAdapters
+from tiny_models import DECODER_SIZES
 
 
 @dataclass
@@ -96,16 +97,7 @@ def _ids() -> dict[str, torch.Tensor]:
     return {"input_ids": torch.randint(0, 96, (2, 9))}
 
 
-LLAMA = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 97,
-    "max_position_embeddings": 64,
-    "tie_word_embeddings": True,
-}
+LLAMA = {**DECODER_SIZES, "max_position_embeddings": 64, "tie_word_embeddings": True}
 
 
 def llama() -> LlamaForCausalLM:

@@ -31,19 +31,7 @@ import lorakit
 from lorakit import LoRAConfig
 from lorakit.data.batches import Batch, collate
 from lorakit.packing import attention, has_dropout, layout, packed_attention, packed_logits
-
-SMALL = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 97,
-    "head_dim": 8,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-}
+from tiny_models import SMALL
 
 PACKING = {
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**SMALL)),

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface
 
-from lorakit.packing.layout import Group, Layout, Row, ShortRows, make_groups
+from lorakit.packing.layout import Group, Layout, Row, ShortRows
 
 ATTENTION_NAME = "lorakit_packed"
 LAYOUT = "lorakit_layout"  # keyword under which a Layout travels through the model's forward() to its attention
@@ -177,26 +177,22 @@ def packed_attention_forward(
     q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))  # (T, H, D), (T, H_kv, D) twice
     scale = q.shape[-1] ** -0.5 if scaling is None else scaling
     short = layout.short(q.device, sliding_window, q.shape[1], k.shape[1])
-    pieces, places = [], []
+    pieces = []
     if short is not None:
         if softcap is None and dropout == 0:
             pieces.append(_AttendShort.apply(q, k, v, short, scale))  # type: ignore[no-untyped-call]
         else:
             pieces.append(_attend_short_plain(q, k, v, short, scale, dropout, softcap))
-        places.append(short.own)
     for number, row in enumerate(layout.long):
         if softcap is None:
             visible = layout.visible(number, q.device, sliding_window)
             pieces.append(_attend_long(q, k, v, row, visible, scale, dropout))
         else:  # which torch's fused attention does not know
-            alone = make_groups([row], q.device, sliding_window, q.shape[1], k.shape[1])
+            alone = layout.alone(number, q.device, sliding_window, q.shape[1], k.shape[1])
             pieces.append(_attend_short_plain(q, k, v, alone, scale, dropout, softcap))
-        places.append(row.own.to(q.device))
     if len(pieces) == 1:  # then its tokens are all, in their order
         return pieces[0][None], None
-    order = torch.empty(q.shape[0], dtype=torch.long, device=q.device)
-    order[torch.cat(places)] = torch.arange(q.shape[0], device=q.device)
-    return torch.cat(pieces).index_select(0, order)[None], None
+    return torch.cat(pieces).index_select(0, layout.order(q.device))[None], None
 
 
 AttentionInterface.register(ATTENTION_NAME, packed_attention_forward)

@@ -103,19 +103,42 @@ class Layout:
         self.windows: set[int | None] = set()  # that attention layers have asked for
         self.long = [row for row in rows if row.scores >= _LONG_ROW]
         self._short = [row for row in rows if row.scores < _LONG_ROW]
-        self._made: dict[tuple[torch.device, int | None, int, int], ShortRows] = {}
+        self._made: dict[tuple[int | None, torch.device, int | None, int, int], ShortRows] = {}
         self._visible: dict[tuple[int, torch.device, int | None], torch.Tensor | None] = {}
+        self._order: dict[torch.device, torch.Tensor] = {}
 
     def short(self, device: torch.device, window: int | None, heads: int, kv_heads: int) -> ShortRows | None:
         """The short rows in groups (None: there are none). Made once for each device, window and number of heads."""
-        if not self._short:
-            return None
-        if window is not None and window >= max(len(row.places) for row in self._short):
+        return self._in_groups(self._short, None, device, window, heads, kv_heads) if self._short else None
+
+    def alone(self, number: int, device: torch.device, window: int | None, heads: int, kv_heads: int) -> ShortRows:
+        """A long row as a group of its own, for attention that the fused call does not know. Made once, likewise."""
+        return self._in_groups([self.long[number]], number, device, window, heads, kv_heads)
+
+    def _in_groups(
+        self,
+        rows: Sequence[Row],
+        number: int | None,
+        device: torch.device,
+        window: int | None,
+        heads: int,
+        kv_heads: int,
+    ) -> ShortRows:
+        if window is not None and window >= max(len(row.places) for row in rows):
             window = None  # it hides nothing, so the groups of other layers will do
-        key = (device, window, heads, kv_heads)
+        key = (number, device, window, heads, kv_heads)
         if key not in self._made:
-            self._made[key] = make_groups(self._short, *key)
+            self._made[key] = make_groups(rows, device, window, heads, kv_heads)
         return self._made[key]
+
+    def order(self, device: torch.device) -> torch.Tensor:
+        """(T,) where each token lies among the own tokens of the short rows, rising, and then of each long row."""
+        if device not in self._order:
+            short = (
+                torch.cat([row.own for row in self._short]).sort().values if self._short else torch.tensor([]).long()
+            )
+            self._order[device] = torch.cat([short, *(row.own for row in self.long)]).argsort().to(device)
+        return self._order[device]
 
     def visible(self, number: int, device: torch.device, window: int | None) -> torch.Tensor | None:
         """Which keys (m) each query (n) of a long row sees, (n, m); None: plain causality of a row all its own."""

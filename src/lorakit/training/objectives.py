@@ -38,7 +38,7 @@ class _CrossEntropySum(torch.autograd.Function):
             total += (log_partition - z.gather(1, target)).sum()
             if gradient is not None:
                 own = gradient[start : start + step]
-                workspace = own if z is chunk and z.dtype == own.dtype else torch.empty_like(z)
+                workspace = own if z is chunk else z  # never the caller's logits
                 softmax = torch.sub(z, log_partition, out=workspace).exp_()
                 softmax.scatter_add_(1, target, softmax.new_full((1, 1), -1.0).expand_as(target))
                 if softmax is not own:

@@ -61,13 +61,13 @@ def faults():
     torch.ones(64 << 20, dtype=torch.uint8)  # freed at once
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 faults()
-print(min(faults() for _ in range(3)))
+print(min(faults() for _ in range(20)))  # the first few may lie in parts of the heap not used yet
 """
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc gives freed blocks back at once")
 def test_freed_memory_is_kept_for_the_next_step():
-    """64 MiB have 16,384 small pages; a block that was kept is there already."""
+    """64 MiB have 16,384 small pages or 32 huge ones; a block that was kept is there already."""
 
     def faults(how):
         command = [sys.executable, "-c", COUNT_FAULTS, how]

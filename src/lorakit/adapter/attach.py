@@ -5,7 +5,6 @@ values.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,25 +14,27 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from lorakit.adapter import fingerprint
+from lorakit.adapter import fingerprint, folding
 from lorakit.adapter.config import LoRAConfig
-from lorakit.adapter.targets import Target, Targets, find_targets
+from lorakit.adapter.folding import FoldReport
+from lorakit.adapter.targets import Targets, find_targets
+from lorakit.adapter.updates import expected_shapes, fresh_updates, loaded_replacement, loaded_updates
 from lorakit.adapter.value import Adapter, BaseInfo, Factors
-from lorakit.core import initializers, lowrank
-from lorakit.core.deltas import LayerUpdate, LoRA, Replacement, trainable
+from lorakit.core.active import NOTHING, ActiveState, Route, Selection
+from lorakit.core.deltas import LayerUpdate, Replacement, trainable
 from lorakit.core.layer import (
-    ActiveState,
     AdaptedLayer,
     AdaptedModule,
     ReplacedModule,
     adapt,
+    base_modules,
+    base_parameters,
     fuse_again,
     restore,
     unfuse,
 )
-from lorakit.core.sites import CONVOLUTION, EMBEDDING, Site, site_of
-from lorakit.core.weights import base_weight_of
-from lorakit.errors import AdapterError, AdapterMismatchError, ConfigError, TargetError, bullet_list, nearest
+from lorakit.core.sites import Site, site_of
+from lorakit.errors import AdapterError, AdapterMismatchError, TargetError, bullet_list, nearest
 
 _HANDLE = "_lorakit"
 
@@ -130,16 +131,26 @@ class AttachedAdapters:
 
     @property
     def active(self) -> dict[str, float]:
-        """Active adapters and their weights."""
+        """Active adapters and their weights, for this thread.
+
+        Raises:
+            AdapterError: inside `route`, where each row has its own.
+        """
+        selection = self._state.current()
+        if isinstance(selection, Route):
+            raise AdapterError("inside route() each row has its own adapter: there is no one answer to what is active")
         by_slot = {resident.slot: name for name, resident in self._residents.items()}
-        return {by_slot[slot]: weight for slot, weight in self._state.active}
+        return {by_slot[slot]: weight for slot, weight in selection.weights if slot in by_slot}
 
     def activate(self, which: str | Mapping[str, float] | Sequence[str] | None) -> None:
         """Use one adapter, several added up (a mapping name -> weight, or a list: weight 1 each), or none.
 
+        Holds for all threads; inside `disabled` or `route`, for the rest of the block.
+
         Raises:
             AdapterError: an unknown name (with the nearest), or a weight that is not finite.
         """
+        self._refuse_while_merged("activate")
         if which is None:
             weights: dict[str, float] = {}
         elif isinstance(which, str):
@@ -151,20 +162,104 @@ class AttachedAdapters:
         bad = [f"{name}: {weight}" for name, weight in weights.items() if not math.isfinite(weight)]
         if bad:
             raise AdapterError(f"weights must be finite numbers: {', '.join(bad)}")
-        self._state.active = tuple((self._resident(name).slot, float(weight)) for name, weight in weights.items())
+        self._state.choose(
+            Selection(tuple((self._resident(name).slot, float(weight)) for name, weight in weights.items()))
+        )
 
     @contextlib.contextmanager
     def disabled(self) -> Iterator[None]:
-        """Within the block the model is the base; what was active before is active again afterwards, whatever is
-        raised.
+        """Within the block the model is the base, for the thread (or asyncio task) that runs it; what was active before
+        is active again afterwards, whatever is raised.
         """
-        before = self._state.active
-        self._state.active = ()
+        self._refuse_while_merged("disabled")
+        with self._state.block(NOTHING):
+            yield
+
+    @contextlib.contextmanager
+    def route(self, names: Sequence[str | None]) -> Iterator[None]:
+        """Within the block each row of a batch uses its own adapter, or none: row i `names[i]`.
+
+        Holds for the thread (or asyncio task) that runs the block, so several threads can each have their own. A batch
+        of another number of rows is an error: beams and guidance repeat rows, so repeat their names. Training works
+        too, but with gradient checkpointing on a GPU, whose backward pass runs in a thread of its own, use `activate`.
+
+        Raises:
+            AdapterError: an unknown name (with the nearest), or no name at all.
+        """
+        self._refuse_while_merged("route")
+        if isinstance(names, str) or not names:
+            raise AdapterError(f"route needs a list with one name (or None) for each row of the batch, got {names!r}")
+        route = Route([None if name is None else self._resident(name).slot for name in names])
+
+        def note(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if self._state.current() is route:  # another thread may be in a route of its own
+                gone = set(route.slots) - {None, *(resident.slot for resident in self._residents.values())}
+                if gone:
+                    raise AdapterError("an adapter of this route was removed or replaced; enter route() again")
+                batch = next((v for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor) and v.ndim), None)
+                if batch is not None:
+                    route.check_batch(batch.shape[0], batch.shape[1] if batch.ndim > 1 else None)
+
+        hook = self.model.register_forward_pre_hook(note, with_kwargs=True)
+        try:
+            with self._state.block(route):
+                yield
+        finally:
+            hook.remove()
+
+    # ------------------------------------------------------------ folded in
+
+    @contextlib.contextmanager
+    def merged(self) -> Iterator[None]:
+        """Within the block the active adapters are part of the weights, and the model runs at the base's speed; then
+        the base's own parameters are back, the same objects, whatever is raised.
+
+        The folded weights stand beside the base's meanwhile. It holds for all threads. Nothing else can be done with
+        the adapters inside. Folding is in fp32, rounded to each weight's dtype.
+
+        Raises:
+            AdapterError: nothing is active, or an update cannot be folded in; the model is as it was.
+        """
+        self._refuse_while_merged("merged")
+        selection = self._folding_selection()
+        exchange = folding.Exchange()
+        exchange.put(self._adapted_modules(), selection)
+        self._state.folded = True
         try:
             yield
         finally:
-            resident = {each.slot for each in self._residents.values()}  # one may have been removed meanwhile
-            self._state.active = tuple((slot, weight) for slot, weight in before if slot in resident)
+            exchange.back()
+            self._state.folded = False
+
+    def merge_report(self, *, seed: int | None = None) -> FoldReport:
+        """What `merge` would do: per parameter, how much of the update survives rounding. Changes nothing."""
+        return folding.preview(self.model, self._adapted_modules(), self._folding_selection(), seed)
+
+    def merge(
+        self, *, minimum_survival: float = folding.MINIMUM_SURVIVAL, rounding: str = "nearest", seed: int = 0
+    ) -> nn.Module:
+        """Fold the active adapters into the base for good and give back the plain model, adapted no more.
+
+        Weights keep their dtype; a wider one is had by `model.float()` before. Every weight is computed twice, first to
+        see that all of them can be folded in; at most one is held beside the model. A weight shared with another module
+        (embeddings tied to the head) is untied first.
+
+        Args:
+            minimum_survival: share of the update that must survive rounding.
+            rounding: "nearest", or "stochastic", which keeps small updates in the mean.
+            seed: determines the draws of stochastic rounding.
+
+        Raises:
+            AdapterError: nothing is active, an update cannot be folded in, or too little of it would survive; the model
+            is as it was.
+        """
+        self._refuse_while_merged("merge")
+        if rounding not in ("nearest", "stochastic"):
+            raise AdapterError(f"rounding is 'nearest' or 'stochastic' (got {rounding!r})")
+        draws = seed if rounding == "stochastic" else None
+        self.merge_report(seed=draws).check(minimum_survival)
+        folding.fold_in(self.model, self._adapted_modules(), self._folding_selection(), draws)
+        return self.detach()
 
     # ------------------------------------------------------------ in
 
@@ -176,42 +271,66 @@ class AttachedAdapters:
         trainable: bool | None = None,
         seed: int = 0,
         check_base: bool = True,
+        replace: bool = False,
     ) -> None:
         """Make another adapter resident; it is not activated. Arguments and errors as in `attach`.
 
+        Args:
+            name: any non-empty string.
+            adapter: as in `attach`.
+            trainable: as in `attach`.
+            seed: as in `attach`.
+            check_base: as in `attach`.
+            replace: take the place of a resident adapter of that name, whatever its rank and targets. Where it was
+            active the new one is, in one step once all its layers are in; where the new one does not fit, the old one
+            stays. A route that another thread has open on the old one ends with an error at its next pass.
+
         Raises:
-            AdapterError: the name is empty or taken.
+            AdapterError: the name is empty, or taken and not to be replaced.
         """
+        self._refuse_while_merged("add")
         if not name:
             raise AdapterError("an adapter needs a name of at least one character")
-        if name in self._residents:
-            raise AdapterError(f"adapter {name!r} is already there; remove it first, or choose another name")
+        if name in self._residents and not replace:
+            raise AdapterError(
+                f"adapter {name!r} is already there; pass replace=True, remove it first, or choose another name"
+            )
         if isinstance(adapter, str | Path):
             adapter = Adapter.load(adapter)
         config = adapter.config if isinstance(adapter, Adapter) else adapter
         trainable = isinstance(adapter, LoRAConfig) if trainable is None else trainable
         targets = find_targets(self.model, config)
-        modules = dict(self.model.named_modules())
+        modules = dict(base_modules(self.model))
         self._refuse_overlap(targets, modules)
         if isinstance(adapter, Adapter):
             self._refuse_mismatch(adapter, targets, modules, check_base=check_base)
-            updates: dict[str, LayerUpdate | Replacement] = dict(_loaded_updates(adapter, targets))
-            updates |= {path: _loaded_replacement(adapter, path, modules[path]) for path in targets.replaced}
+            updates: dict[str, LayerUpdate | Replacement] = dict(loaded_updates(adapter, targets))
+            updates |= {path: loaded_replacement(adapter, path, modules[path]) for path in targets.replaced}
         else:
-            updates = dict(_fresh_updates(config, targets, modules, seed))
+            updates = dict(fresh_updates(config, targets, modules, seed))
             updates |= {path: Replacement(modules[path]) for path in targets.replaced}
-        self._insert(name, config, updates, modules, trainable=trainable)
+        before = self._residents.get(name)
+        resident = self._insert(config, updates, modules, trainable=trainable)
+        self._residents[name] = resident
+        if before is not None:
+            chosen = self._state.everywhere.weights
+            self._state.everywhere = Selection(
+                tuple((resident.slot if slot == before.slot else slot, weight) for slot, weight in chosen)
+            )
+            self._take_out(before)
 
     def load(
-        self, adapter: Adapter | str | Path, name: str, *, trainable: bool = False, check_base: bool = True
+        self,
+        adapter: Adapter | str | Path,
+        name: str,
+        *,
+        trainable: bool = False,
+        check_base: bool = True,
+        replace: bool = False,
     ) -> None:
-        """Make a saved adapter resident under `name`; it is not activated. Errors as in `attach`."""
-        self.add(
-            name,
-            Adapter.load(adapter) if isinstance(adapter, str | Path) else adapter,
-            trainable=trainable,
-            check_base=check_base,
-        )
+        """Make a saved adapter resident under `name`; it is not activated. Arguments and errors as in `add`."""
+        value = Adapter.load(adapter) if isinstance(adapter, str | Path) else adapter
+        self.add(name, value, trainable=trainable, check_base=check_base, replace=replace)
 
     # ------------------------------------------------------------ out
 
@@ -221,18 +340,18 @@ class AttachedAdapters:
         Raises:
             AdapterError: no such adapter.
         """
+        self._refuse_while_merged("remove")
         resident = self._resident(name)
-        self._state.active = tuple((slot, weight) for slot, weight in self._state.active if slot != resident.slot)
-        for module in resident.modules.values():
-            del module.lorakit_updates[resident.slot]
-            if not module.lorakit_updates:
-                restore(module)
+        chosen = self._state.everywhere.weights
+        self._state.everywhere = Selection(tuple((slot, w) for slot, w in chosen if slot != resident.slot))
         del self._residents[name]
+        self._take_out(resident)
         if not self._residents:
             fuse_again(self._unfused)
 
     def detach(self) -> nn.Module:
         """Take every adapter out and give back the plain base model: same objects, same bits, same `requires_grad`."""
+        self._refuse_while_merged("detach")
         for name in self.names:
             self.remove(name)
         for parameter, flag in self._base_flags:
@@ -284,13 +403,17 @@ class AttachedAdapters:
         }
 
     def trainable_parameters(self) -> list[nn.Parameter]:
-        """Every parameter of the model that requires a gradient: what an optimiser is given."""
-        return [p for p in self.model.parameters() if p.requires_grad]
+        """Every parameter that requires a gradient, of the adapters and (if somebody unfroze it) of the base: what an
+        optimiser is given.
+        """
+        own = [p for name in self.names for p in self.trainable_tensors(name).values()]
+        base = base_parameters(self.model).values()
+        return [p for p in (*own, *base) if p.requires_grad]
 
     def summary(self) -> dict[str, Any]:
         """Counts for printing and JSON: base and trained parameters, and per adapter its layers, ranks and bytes."""
         trained = sum(p.numel() for p in self.trainable_parameters())
-        base = sum(p.numel() for _, p in self._base_parameters())
+        base = sum(p.numel() for p in base_parameters(self.model).values())
         return {
             "base_parameters": base,
             "trained_parameters": trained,
@@ -302,7 +425,7 @@ class AttachedAdapters:
     def base_info(self) -> BaseInfo:
         """The fingerprint of the base (computed once; the base is frozen)."""
         if self._base_info is None:
-            self._base_info = fingerprint.of(self.model, self._base_parameters())
+            self._base_info = fingerprint.of(self.model, list(base_parameters(self.model).items()))
         return self._base_info
 
     # ------------------------------------------------------------ inside
@@ -324,14 +447,34 @@ class AttachedAdapters:
             raise AdapterError(f"no adapter {name!r}; {hint}")
         return self._residents[name]
 
-    def _base_parameters(self) -> list[tuple[str, nn.Parameter]]:
-        return [(name, p) for name, p in self.model.named_parameters() if "lorakit_updates." not in name]
+    def _take_out(self, resident: _Resident) -> None:
+        for module in resident.modules.values():
+            del module.lorakit_updates[resident.slot]
+            if not module.lorakit_updates:
+                restore(module)
+
+    def _adapted_modules(self) -> dict[str, AdaptedModule]:
+        """Every module some adapter changes, by path, in the model's order."""
+        return {path: module for path, module in base_modules(self.model) if isinstance(module, AdaptedModule)}
+
+    def _folding_selection(self) -> Selection:
+        selection = self._state.current()
+        if isinstance(selection, Route):
+            raise AdapterError("inside route() each row has its own adapter, so none can be folded into the weights")
+        folding.require_active(selection)
+        return selection
+
+    def _refuse_while_merged(self, what: str) -> None:
+        if self._state.folded:
+            raise AdapterError(f"{what}: not inside merged(), where the adapters are part of the weights")
 
     def _enter_model(self) -> None:
         self.model.__dict__[_HANDLE] = self
 
     def _refuse_overlap(self, targets: Targets, modules: Mapping[str, nn.Module]) -> None:
-        """A module cannot be trained whole by one adapter and by a low-rank update of another."""
+        """A module cannot be trained whole by one adapter and by a low-rank update of another (nor of the one it
+        replaces: both are in for a moment).
+        """
         low_rank = [*(t.path for t in targets.layers), *targets.biases]
         clash = [path for path in low_rank if isinstance(modules[path], ReplacedModule)]
         clash += [path for path in targets.replaced if isinstance(modules[path], AdaptedLayer)]
@@ -345,7 +488,7 @@ class AttachedAdapters:
         self, adapter: Adapter, targets: Targets, modules: Mapping[str, nn.Module], *, check_base: bool
     ) -> None:
         """Every tensor of the value must have its place in the model, and every place its tensor."""
-        expected = _expected_shapes(adapter, targets, modules)
+        expected = expected_shapes(adapter, targets, modules)
         found = {name: tuple(tensor.shape) for name, tensor in adapter.tensors().items()}
         problems = fingerprint.differences(adapter.base, self.base_info()) if check_base and adapter.base else []
         problems += [f"missing: {name} {shape}" for name, shape in expected.items() if name not in found]
@@ -366,13 +509,12 @@ class AttachedAdapters:
 
     def _insert(
         self,
-        name: str,
         config: LoRAConfig,
         updates: Mapping[str, LayerUpdate | Replacement],
         modules: Mapping[str, nn.Module],
         *,
         trainable: bool,
-    ) -> None:
+    ) -> _Resident:
         if not self._residents and not self._base_flags:
             self._base_flags = [(p, p.requires_grad) for p in self.model.parameters()]
             for parameter, _ in self._base_flags:
@@ -393,76 +535,8 @@ class AttachedAdapters:
             update.requires_grad_(trainable).train(module.training)
             adapted.lorakit_updates[resident.slot] = update.to(weight.device)
             resident.modules[path] = adapted
-        self._residents[name] = resident
-
-
-def _expected_shapes(
-    adapter: Adapter, targets: Targets, modules: Mapping[str, nn.Module]
-) -> dict[str, tuple[int, ...]]:
-    """Names (as `Adapter.tensors`) and shapes of every tensor an adapter with these targets must have."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    for target in targets.layers:
-        shape_A, shape_B = target.site.shapes(target.module, target.r, target.path)
-        factors, channels = adapter.factors.get(target.path), getattr(target.module, "in_channels", None)
-        if target.site is CONVOLUTION and factors is not None and factors.A.shape[1] == channels:
-            shape_A = (shape_A[0], channels, *shape_A[2:])  # PEFT's A reads all channels of a grouped convolution
-        shapes |= {f"{target.path}.A": shape_A, f"{target.path}.B": shape_B}
-    shapes |= {f"{path}.bias": tuple(modules[path].get_parameter("bias").shape) for path in targets.biases}
-    for path in targets.replaced:
-        own = modules[path].state_dict()
-        shapes |= {f"{path}.{key}": tuple(t.shape) for key, t in own.items() if "lorakit_updates." not in key}
-    return shapes
+        return resident
 
 
 def _copied(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().to("cpu", copy=True)
-
-
-def _seeded(seed: int, path: str) -> torch.Generator:
-    """A generator that depends on the seed and the layer's path only: not on the order of layers, nor on what was
-    drawn before.
-    """
-    digest = hashlib.sha256(f"{seed}|{path}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-
-
-def _fresh_updates(
-    config: LoRAConfig, targets: Targets, modules: Mapping[str, nn.Module], seed: int
-) -> Iterator[tuple[str, LayerUpdate]]:
-    loras = {target.path: _fresh_lora(config, target, seed) for target in targets.layers}
-    for path in dict.fromkeys([*loras, *targets.biases]):
-        bias = modules[path].get_parameter("bias").detach().float().clone() if path in targets.biases else None
-        yield path, LayerUpdate(loras.get(path), bias)
-
-
-def _fresh_lora(config: LoRAConfig, target: Target, seed: int) -> LoRA:
-    base_weight_of(target.module, target.path)  # refuses a storage that cannot be read
-    shape_A, shape_B = target.site.shapes(target.module, target.r, target.path)
-    # an embedding looks up columns of A: its default starts with A zero, so that no rare token begins with a random row
-    by_default = initializers.zero_A if target.site is EMBEDDING else initializers.default
-    initializer = by_default if config.init == "default" else initializers.INITIALIZERS[config.init]
-    if len(shape_A) > 2 and config.init == "orthogonal":
-        raise ConfigError(f"{target.path}: init 'orthogonal' is defined for matrices, not for convolutions")
-    start = initializer(shape_A, shape_B, _seeded(seed, target.path))
-    return _lora(config, start.A, start.B, target.alpha)
-
-
-def _lora(config: LoRAConfig, A: torch.Tensor, B: torch.Tensor, alpha: float) -> LoRA:
-    return LoRA(A, B, alpha=alpha, s=lowrank.scale(alpha, A.shape[0], config.scaling), dropout=config.dropout)
-
-
-def _loaded_updates(adapter: Adapter, targets: Targets) -> Iterator[tuple[str, LayerUpdate]]:
-    """Updates from a value that was checked against the targets; copies, so that the value stays one."""
-    loras = {
-        path: _lora(adapter.config, f.A.detach().clone(), f.B.detach().clone(), f.alpha)
-        for path, f in adapter.factors.items()
-    }
-    for path in dict.fromkeys([*loras, *targets.biases]):
-        yield path, LayerUpdate(loras.get(path), adapter.biases[path].clone() if path in targets.biases else None)
-
-
-def _loaded_replacement(adapter: Adapter, path: str, module: nn.Module) -> Replacement:
-    replacement = Replacement(module)
-    own = {name.removeprefix(f"{path}."): t for name, t in adapter.replaced.items() if name.startswith(f"{path}.")}
-    replacement.copy.load_state_dict(own)
-    return replacement

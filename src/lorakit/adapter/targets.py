@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from lorakit.adapter.config import LoRAConfig
-from lorakit.core.layer import bias_dim
+from lorakit.core.layer import base_modules, bias_dim
 from lorakit.core.sites import Site, is_linear, site_of
 from lorakit.errors import ConfigError, TargetError, bullet_list, nearest
 
@@ -49,7 +49,7 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> Targets:
         TargetError: something matches nothing, or a named module cannot be adapted. All problems at once, with the
         nearest names.
     """
-    modules = {path: module for path, module in model.named_modules() if "lorakit_updates" not in path}
+    modules = dict(base_modules(model))
     problems: list[str] = []
     replaced = _match_names(config.modules_to_save, modules, "modules_to_save", problems)
     inside_replaced = tuple(f"{path}." for path in replaced)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 import torch
+from torch import nn
 
 from lorakit.adapter.config import LoRAConfig
 from lorakit.core import lowrank
@@ -94,25 +95,45 @@ class Adapter:
         return f"Adapter({len(self.factors)} layers, r={rank}, {self.nbytes / 1e6:.1f} MB)"
 
     @classmethod
-    def load(cls, path: str | Path) -> Adapter:
+    def load(
+        cls, path: str | Path, *, format: str | None = None, model: nn.Module | None = None, alpha: float | None = None
+    ) -> Adapter:
         """Read an adapter folder or file of any format lorakit reads, strictly.
+
+        Args:
+            path: file or folder.
+            format: its format; None: recognised from names and headers.
+            model: the base (on the meta device will do), for formats whose names make sense only with it.
+            alpha: numerator of the scale, for formats that do not store it.
 
         Raises:
             AdapterFileError: missing, damaged, or not an adapter; lists everything that is wrong.
         """
-        from lorakit.formats import load_adapter
+        from lorakit.formats import BaseFacts, Context, load_adapter
 
-        return load_adapter(path)
+        base = None if model is None else BaseFacts.of(model)
+        return load_adapter(path, format=format, context=Context(base=base, alpha=alpha))
 
-    def save(self, path: str | Path, format: str = "peft") -> Path:
-        """Write the adapter as a folder in `format` and return the folder.
+    def save(self, path: str | Path, format: str = "peft", *, model: nn.Module | None = None) -> Path:
+        """Write the adapter in `format` and return what was written: a folder for PEFT's, else mostly a file.
+
+        Args:
+            path: where to.
+            format: a name in `lorakit.formats.CODECS`.
+            model: the base (on the meta device will do), for formats whose names make sense only with it.
 
         Raises:
             AdapterFileError: the format cannot carry this adapter; nothing is written.
         """
-        from lorakit.formats import save_adapter
+        from lorakit.formats import BaseFacts, Context, save_adapter
 
-        return save_adapter(self, path, format=format)
+        base = None if model is None else BaseFacts.of(model)
+        return save_adapter(self, path, format=format, context=Context(base=base))
+
+    def scale(self, path: str) -> float:
+        """The factor before B A of the layer at `path`."""
+        f = self._factors_of(path)
+        return lowrank.scale(f.alpha, f.r, self.config.scaling)
 
     def delta(self, path: str) -> torch.Tensor:
         """The dense fp32 update of the layer at module path `path`, scale included (shapes: `Factors.delta`).
@@ -120,12 +141,15 @@ class Adapter:
         Raises:
             AdapterError: no such layer in this adapter.
         """
+        return self._factors_of(path).delta(self.config.scaling)
+
+    def _factors_of(self, path: str) -> Factors:
         if path not in self.factors:
             guess = nearest(path, self.factors)
             raise AdapterError(
                 f"no layer {path!r} in this adapter" + (f"; nearest: {', '.join(guess)}" if guess else "")
             )
-        return self.factors[path].delta(self.config.scaling)
+        return self.factors[path]
 
     @property
     def nbytes(self) -> int:
@@ -162,6 +186,31 @@ class Adapter:
                 "activate it with a weight instead: handle.activate({name: weight})"
             )
         return replace(self, factors={path: replace(f, B=f.B * factor) for path, f in self.factors.items()})
+
+    def folded(self, *, uniform_rank: bool = False) -> Self:
+        """The same updates with every scale 1 (alpha = r, carried by B, in fp32): what formats need that know one
+        scale, or none.
+
+        Args:
+            uniform_rank: also give every layer the largest rank, by rows of zeros in A and columns in B.
+
+        Raises:
+            AdapterError: a grouped convolution, whose factors cannot be padded.
+        """
+        largest = max((f.r for f in self.factors.values()), default=self.config.r)
+        factors = {}
+        for path, f in self.factors.items():
+            A, B = f.A.float(), f.B.float() * self.scale(path)
+            if uniform_rank and f.r < largest:
+                if f.B.shape[1] != f.r:
+                    raise AdapterError(f"{path}: a grouped convolution's rank cannot be padded from {f.r} to {largest}")
+                A = torch.cat([A, A.new_zeros(largest - f.r, *A.shape[1:])])
+                B = torch.cat([B, B.new_zeros(B.shape[0], largest - f.r, *B.shape[2:])], dim=1)
+            factors[path] = replace(f, A=A, B=B, alpha=float(A.shape[0]))
+        config = replace(
+            self.config, r=largest, alpha=float(largest), scaling="lora", rank_pattern={}, alpha_pattern={}
+        )
+        return replace(self, config=config, factors=factors)
 
     def check(self, *, allow_zero: bool = False) -> None:
         """Refuse what cannot be a trained adapter: nothing in it, shapes that do not belong together, NaN or infinity,

@@ -1,4 +1,4 @@
-"""The adapted layer, and the one object that says which adapters are active.
+"""The adapted layer: one that adds, in its forward pass, what the active adapters hold for it.
 
 Attaching changes a layer's class to a subclass made here and back on detaching: the layer stays the same object, its
 weight stays where it is, and whoever asks `isinstance(layer, nn.Linear)` or reads `layer.weight` notices nothing.
@@ -12,19 +12,10 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from lorakit.core.active import ActiveState, Route, Rows, Selection
 from lorakit.core.deltas import LayerUpdate, Replacement, call_replaced
 from lorakit.core.sites import Site
-
-
-class ActiveState:
-    """Which adapters a model uses: one per model, shared by all its layers.
-
-    Adapters go by slot, a number given when they are added. Activating replaces the tuple; it visits no layer, so its
-    cost depends neither on the number of layers nor on the number of adapters.
-    """
-
-    def __init__(self) -> None:
-        self.active: tuple[tuple[str, float], ...] = ()
+from lorakit.errors import AdapterError
 
 
 class AdaptedModule(nn.Module):
@@ -39,10 +30,15 @@ class AdaptedModule(nn.Module):
     lorakit_updates: nn.ModuleDict
     lorakit_state: ActiveState
 
-    def active_updates(self) -> list[tuple[nn.Module, float]]:
-        """What is active here: (update, weight) in the order of activation."""
+    def active_updates(self, selection: Selection) -> list[tuple[nn.Module, float]]:
+        """What of a selection is here: (update, weight) in the order of activation."""
         updates = self.lorakit_updates
-        return [(updates[slot], weight) for slot, weight in self.lorakit_state.active if slot in updates]
+        return [(updates[slot], weight) for slot, weight in selection.weights if slot in updates]
+
+    def routed_updates(self, route: Route, x: torch.Tensor) -> list[tuple[nn.Module, Rows]]:
+        """What of a route is here, each with the places of its rows in this module's input."""
+        updates = self.lorakit_updates
+        return [(updates[slot], rows) for slot, rows in route.places(x, type(self).__name__).items() if slot in updates]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The generated class has no importable name: copy and pickle remake it from its two parents.
@@ -61,7 +57,10 @@ class AdaptedLayer(AdaptedModule):
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """The base's output plus, for each active adapter with weight w: w s B A x + w (bias - base bias)."""
-        active = cast("list[tuple[LayerUpdate, float]]", self.active_updates())
+        selection = self.lorakit_state.current()
+        if isinstance(selection, Route):
+            return self._routed(selection, x, *args, **kwargs)
+        active = cast("list[tuple[LayerUpdate, float]]", self.active_updates(selection))
         if not active:
             return super().forward(x, *args, **kwargs)  # type: ignore[no-any-return]
         if len(active) == 1 and not args and not kwargs:
@@ -72,13 +71,29 @@ class AdaptedLayer(AdaptedModule):
                     return fused
         y: torch.Tensor = super().forward(x, *args, **kwargs)
         for update, weight in active:
-            if update.lora is not None and self.lorakit_site is not None:
-                low_rank = update.lora(self.lorakit_site, self, x, y.dtype)
-                y = y + (low_rank if weight == 1.0 else low_rank * weight)
-            if update.bias is not None:
-                own: torch.Tensor = self.get_parameter("bias")
-                y = y + self._along_output(weight * (update.bias - own.float()), y)
+            for change in self._changes(update, x, y):
+                y = y + (change if weight == 1.0 else change * weight)
         return y
+
+    def _routed(self, route: Route, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """The base's output plus, at the rows of each adapter, what that adapter adds for them."""
+        routed = cast("list[tuple[LayerUpdate, Rows]]", self.routed_updates(route, x))
+        y: torch.Tensor = super().forward(x, *args, **kwargs)
+        for update, rows in routed:
+            for change in self._changes(update, x[rows], y):
+                if isinstance(rows, slice):
+                    y[rows] += change
+                else:
+                    y.index_add_(0, rows, change.expand(len(rows), *y.shape[1:]))
+        return y
+
+    def _changes(self, update: LayerUpdate, x: torch.Tensor, y: torch.Tensor) -> Iterator[torch.Tensor]:
+        """What one adapter adds to the layer's output for input `x`, in the dtype of `y`."""
+        if update.lora is not None and self.lorakit_site is not None:
+            yield update.lora(self.lorakit_site, self, x, y.dtype)
+        if update.bias is not None:
+            own: torch.Tensor = self.get_parameter("bias")
+            yield self._along_output(update.bias - own.float(), y)
 
     def _along_output(self, bias: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """A (out,) bias shaped and typed to be added to `y`."""
@@ -93,11 +108,34 @@ class ReplacedModule(AdaptedModule):
     """A module of which adapters hold whole trained copies (`modules_to_save`)."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The base, or the module with the parameters that the active copies make."""
-        active = cast("list[tuple[Replacement, float]]", self.active_updates())
+        """The base, or the module with the parameters that the active copies make; on a route, each row by its own."""
+        selection = self.lorakit_state.current()
+        if isinstance(selection, Route):
+            return self._routed(selection, *args, **kwargs)
+        active = cast("list[tuple[Replacement, float]]", self.active_updates(selection))
         if not active:
             return super().forward(*args, **kwargs)
         return call_replaced(base_parameters(self), active, *args, **kwargs)
+
+    def _routed(self, route: Route, *args: Any, **kwargs: Any) -> Any:
+        y = super().forward(*args, **kwargs)
+        inputs = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor) and value.ndim]
+        routed = cast("list[tuple[Replacement, Rows]]", self.routed_updates(route, inputs[0]))
+        if routed and not isinstance(y, torch.Tensor):
+            raise AdapterError(f"{type(self).__name__} returns {type(y).__name__}, which cannot be routed row by row")
+        size = inputs[0].shape[0]
+        for replacement, rows in routed:
+
+            def own(value: Any, rows: Rows = rows) -> Any:
+                in_rows = isinstance(value, torch.Tensor) and value.ndim and value.shape[0] == size
+                return value[rows] if in_rows else value
+
+            part = call_replaced(
+                base_parameters(self), [(replacement, 1.0)], *map(own, args), **{k: own(v) for k, v in kwargs.items()}
+            )
+            y = y.clone()  # the module may have returned its input
+            y[rows] = part
+        return y
 
 
 class ReplacedContainer(ReplacedModule):
@@ -110,9 +148,35 @@ class ReplacedContainer(ReplacedModule):
         return len(self._modules) - 1
 
 
+def base_modules(model: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """A model's own modules by path, each once, as `named_modules` gives them, without what adapters hold.
+
+    Walks past adapters instead of leaving them out afterwards: with hundreds resident they outnumber the model.
+    """
+    seen: set[int] = set()
+
+    def walk(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
+        if id(module) in seen:
+            return
+        seen.add(id(module))
+        yield path, module
+        for name, child in module._modules.items():
+            if child is not None and name != "lorakit_updates":
+                yield from walk(child, f"{path}.{name}" if path else name)
+
+    return walk(model, path)
+
+
 def base_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
-    """A module's parameters by name, without what adapters hold in it or below it."""
-    return {name: p for name, p in module.named_parameters() if "lorakit_updates." not in name}
+    """A module's parameters by name, each once, without what adapters hold in it or below it."""
+    seen: set[int] = set()
+    found = {}
+    for path, inner in base_modules(module):
+        for name, parameter in inner._parameters.items():
+            if parameter is not None and id(parameter) not in seen:
+                seen.add(id(parameter))
+                found[f"{path}.{name}" if path else name] = parameter
+    return found
 
 
 _CHANNELS_FIRST = (nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm, nn.GroupNorm)

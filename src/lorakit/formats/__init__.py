@@ -2,20 +2,40 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
+from typing import cast
 
 from lorakit.adapter.value import Adapter
-from lorakit.errors import AdapterError, AdapterFileError, nearest
-from lorakit.formats import peft
+from lorakit.errors import AdapterError, AdapterFileError, bullet_list, nearest
+from lorakit.formats.codec import BaseFacts, Codec, Context
 
-FORMATS = ("peft",)
+__all__ = ["CODECS", "BaseFacts", "Codec", "Context", "codec", "load_adapter", "obstacles", "recognise", "save_adapter"]
+
+# name -> module, in the order in which a file is offered to them: the most telling first
+CODECS = {
+    "peft": "lorakit.formats.peft",
+}
 
 
-def load_adapter(path: str | Path) -> Adapter:
-    """Read an adapter of any known format; every tensor is accounted for, and the content is sound.
+def codec(name: str) -> Codec:
+    """The codec called `name`.
 
     Raises:
-        AdapterFileError: missing, damaged, hostile, or not an adapter.
+        AdapterFileError: there is none, with the nearest names.
+    """
+    if name not in CODECS:
+        guess = nearest(name, CODECS)
+        hint = f"did you mean {guess[0]!r}?" if guess else f"there are {', '.join(CODECS)}"
+        raise AdapterFileError(f"unknown adapter format {name!r}; {hint}")
+    return cast("Codec", importlib.import_module(CODECS[name]))
+
+
+def recognise(path: str | Path) -> str:
+    """The name of the format of a file or folder.
+
+    Raises:
+        AdapterFileError: missing, or of no format lorakit reads.
     """
     path = Path(path)
     if not path.exists():
@@ -24,7 +44,27 @@ def load_adapter(path: str | Path) -> Adapter:
         raise AdapterFileError(
             f"{path}: no such file or folder" + (f"; did you mean {path.parent / guess[0]}?" if guess else "")
         )
-    adapter = peft.read(path)
+    for name in CODECS:
+        if codec(name).recognises(path):
+            return name
+    if path.is_dir():
+        return "peft"  # whose reader says what is missing in the folder
+    raise AdapterFileError(f"{path}: not an adapter in any format lorakit reads ({', '.join(CODECS)})")
+
+
+def load_adapter(path: str | Path, *, format: str | None = None, context: Context | None = None) -> Adapter:
+    """Read an adapter; every tensor is accounted for, and the content is sound.
+
+    Args:
+        path: file or folder.
+        format: a name in `CODECS`; None: recognised from names and headers.
+        context: what the file may not say.
+
+    Raises:
+        AdapterFileError: missing, damaged, hostile, or not an adapter.
+    """
+    path = Path(path)
+    adapter = codec(format or recognise(path)).read(path, context or Context())
     try:
         adapter.check()
     except AdapterError as error:
@@ -32,16 +72,27 @@ def load_adapter(path: str | Path) -> Adapter:
     return adapter
 
 
-def save_adapter(adapter: Adapter, path: str | Path, *, format: str = "peft") -> Path:
-    """Write an adapter as the folder `path`.
+def obstacles(adapter: Adapter, format: str, context: Context | None = None) -> list[str]:
+    """What of `adapter` the format cannot carry; empty where it can be saved.
 
     Raises:
-        AdapterFileError: unknown format, or the adapter is not sound; nothing is written.
+        AdapterFileError: unknown format.
     """
-    if format not in FORMATS:
-        raise AdapterFileError(f"unknown adapter format {format!r}; this version writes {', '.join(FORMATS)}")
+    return codec(format).obstacles(adapter, context or Context())
+
+
+def save_adapter(adapter: Adapter, path: str | Path, *, format: str = "peft", context: Context | None = None) -> Path:
+    """Write an adapter and return what was written: a folder or a file, as the format has it.
+
+    Raises:
+        AdapterFileError: unknown format, the adapter is not sound, or the format cannot carry it; nothing is written.
+    """
+    writer, context = codec(format), context or Context()
     try:
         adapter.check(allow_zero=True)
     except AdapterError as error:
         raise AdapterFileError(f"{path}: not written: {error}") from None
-    return peft.write(adapter, Path(path))
+    problems = writer.obstacles(adapter, context)
+    if problems:
+        raise AdapterFileError(f"{path}: not written; the format {format} cannot carry this:\n{bullet_list(problems)}")
+    return writer.write(adapter, Path(path), context)

@@ -26,6 +26,7 @@ from lorakit.files import (
     write_json,
     write_safetensors,
 )
+from lorakit.formats.codec import Context
 from lorakit.version import __version__
 
 CONFIG_FILE = "adapter_config.json"
@@ -72,10 +73,21 @@ _TASK_TYPES = {
 }
 
 
+def recognises(path: Path) -> bool:
+    """A folder with an adapter_config.json, or a file beside one."""
+    folder = path if path.is_dir() else path.parent
+    return (folder / CONFIG_FILE).is_file() and (path.is_dir() or path.name in (CONFIG_FILE, TENSOR_FILE))
+
+
 # ---------------------------------------------------------------- writing
 
 
-def write(adapter: Adapter, folder: Path) -> Path:
+def obstacles(adapter: Adapter, context: Context) -> list[str]:
+    """None: the format carries all that an adapter can hold."""
+    return []
+
+
+def write(adapter: Adapter, folder: Path, context: Context) -> Path:
     """Write both files into `folder` (created if need be), the config last; return the folder."""
     write_safetensors(
         folder / TENSOR_FILE, _named_tensors(adapter), {"format": "pt", "lorakit": _our_metadata(adapter)}
@@ -163,7 +175,7 @@ def _our_metadata(adapter: Adapter) -> str:
 # ---------------------------------------------------------------- reading
 
 
-def read(path: Path) -> Adapter:
+def read(path: Path, context: Context) -> Adapter:
     """Read an adapter folder (or the tensor file inside one).
 
     Raises:

@@ -1,0 +1,269 @@
+"""Folding the active adapters into a model's weights: for the length of a block, or for good.
+
+Arithmetic is fp32 and each weight is rounded once, to the dtype it is stored in. A block keeps the base's own
+parameters aside and puts the same objects back, so no number of blocks changes a bit.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import nn
+
+from lorakit.core.active import Selection
+from lorakit.core.deltas import LayerUpdate, Replacement
+from lorakit.core.folding import fold
+from lorakit.core.layer import AdaptedLayer, AdaptedModule, ReplacedModule, base_modules, base_parameters
+from lorakit.core.weights import base_weight_of
+from lorakit.errors import AdapterError, bullet_list
+
+MINIMUM_SURVIVAL = 0.8
+"""Share of the update that must survive rounding, over all layers, unless a caller says otherwise."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FoldedLayer:
+    """What folding did to one parameter.
+
+    Attributes:
+        name: the parameter's full name.
+        survived: share of the update left after rounding to the storage dtype (`core.folding.Folded`).
+        ratio: ||update|| / ||old parameter||.
+        energy: squared norm of the update.
+    """
+
+    name: str
+    survived: float
+    ratio: float
+    energy: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class FoldReport:
+    """How much of an adapter survives in the merged weights.
+
+    Attributes:
+        layers: one entry a parameter that changed.
+        dtypes: dtypes the parameters are stored in.
+        untied: parameters that shared their tensor with another module before and have their own in the merged model.
+    """
+
+    layers: tuple[FoldedLayer, ...]
+    dtypes: tuple[str, ...]
+    untied: tuple[str, ...]
+
+    @property
+    def survived(self) -> float:
+        """Share of the whole update left after rounding: the layers' shares, weighted by the size of their updates."""
+        layers = [layer for layer in self.layers if layer.energy]
+        total = math.fsum(layer.energy for layer in layers)
+        return math.fsum(layer.survived * layer.energy for layer in layers) / total if total else 1.0
+
+    def check(self, minimum: float) -> None:
+        """Refuse a merge that loses too much.
+
+        Raises:
+            AdapterError: less than `minimum` of the update survives; says where most is lost, and the ways out.
+        """
+        if self.survived >= minimum:
+            return
+        worst = sorted((layer for layer in self.layers if layer.energy), key=lambda layer: layer.survived)[:5]
+        listed = [
+            f"{layer.name}: {layer.survived:.0%} survives (update is {layer.ratio:.1e} of the weight)"
+            for layer in worst
+        ]
+        raise AdapterError(
+            f"only {self.survived:.1%} of the update would survive rounding to {', '.join(self.dtypes)} (at least "
+            f"{minimum:.0%} is asked for); most is lost in\n{bullet_list(listed)}\n"
+            "Keep the adapter unmerged, merge in a wider dtype (fp32), round stochastically, or accept the loss with "
+            "a lower minimum_survival."
+        )
+
+
+Owner = tuple[str, nn.Module, str]
+"""(full name, module, the parameter's name in it)."""
+
+
+def folded_parameters(
+    modules: Mapping[str, AdaptedModule], selection: Selection, seed: int | None
+) -> Iterator[tuple[Owner, torch.Tensor, FoldedLayer]]:
+    """Every parameter that a selection changes, as it is stored once folded in; one at a time, nothing is written.
+
+    Args:
+        modules: path -> module, in the model's order.
+        selection: adapters and weights.
+        seed: round stochastically, drawing from it and each parameter's name; None: to the nearest.
+    """
+    for path, module in modules.items():
+        for owner, update in _updates(path, module, selection):
+            name, inner, own_name = owner
+            own = inner.get_parameter(own_name).detach()
+            generator = None
+            if seed is not None:
+                digest = hashlib.sha256(f"{seed}|{name}".encode()).digest()
+                generator = torch.Generator(own.device).manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+            folded = fold(own, update, generator=generator, where=name)
+            energy = float(update.pow(2).sum(dtype=torch.float64))
+            yield (
+                owner,
+                folded.weight,
+                FoldedLayer(name=name, survived=folded.survived, ratio=folded.ratio, energy=energy),
+            )
+
+
+def _updates(path: str, module: AdaptedModule, selection: Selection) -> Iterator[tuple[Owner, torch.Tensor]]:
+    """The dense change of each of a module's own parameters."""
+
+    def full(name: str) -> str:
+        return f"{path}.{name}" if path else name
+
+    active = module.active_updates(selection)
+    if isinstance(module, AdaptedLayer):
+        updates = cast("list[tuple[LayerUpdate, float]]", active)
+        low_rank = [(update.lora, weight) for update, weight in updates if update.lora is not None]
+        site = module.lorakit_site
+        if low_rank and site is not None:
+            base_weight_of(module, path)  # refuses a storage that cannot be written
+            yield (full("weight"), module, "weight"), sum_of((lora.dense(site), weight) for lora, weight in low_rank)
+        biases = [(update.bias.detach(), weight) for update, weight in updates if update.bias is not None]
+        if biases:
+            own = module.get_parameter("bias").detach()
+            wide = own.to(torch.promote_types(own.dtype, torch.float32))
+            yield (full("bias"), module, "bias"), sum_of((bias - wide, weight) for bias, weight in biases)
+        return
+    copies = [
+        (dict(replacement.copy.named_parameters()), weight)
+        for replacement, weight in cast("list[tuple[Replacement, float]]", active)
+    ]
+    if not copies:
+        return
+    inside = dict(base_modules(module))
+    for name, own in base_parameters(module).items():
+        wide = own.detach().to(torch.promote_types(own.dtype, torch.float32))
+        inner, _, last = name.rpartition(".")
+        change = sum_of((tensors[name].detach() - wide, weight) for tensors, weight in copies)
+        yield (full(name), inside[inner], last), change
+
+
+def sum_of(terms: Iterable[tuple[torch.Tensor, float]]) -> torch.Tensor:
+    """The weighted sum of tensors; at least one."""
+    total: torch.Tensor | None = None
+    for tensor, weight in terms:
+        scaled = tensor if weight == 1.0 else tensor * weight
+        total = scaled if total is None else total + scaled
+    assert total is not None, "called with what is active"
+    return total
+
+
+def preview(
+    model: nn.Module, modules: Mapping[str, AdaptedModule], selection: Selection, seed: int | None
+) -> FoldReport:
+    """What folding would do; every weight is computed and let go again.
+
+    Raises:
+        AdapterError: an update cannot be folded in, or is not finite in the dtype of its weight.
+    """
+    layers, dtypes, names = [], set(), []
+    for (name, _, _), stored, layer in folded_parameters(modules, selection, seed):
+        layers.append(layer)
+        dtypes.add(str(stored.dtype).removeprefix("torch."))
+        names.append(name)
+    shared = shared_parameters(model)
+    return FoldReport(
+        layers=tuple(layers), dtypes=tuple(sorted(dtypes)), untied=tuple(name for name in names if name in shared)
+    )
+
+
+def shared_parameters(model: nn.Module) -> set[str]:
+    """Full names of parameters that are the same tensor under more than one name (tied weights)."""
+    names: dict[int, list[str]] = {}
+    for path, module in base_modules(model):
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                names.setdefault(id(parameter), []).append(f"{path}.{name}" if path else name)
+    return {name for group in names.values() if len(group) > 1 for name in group}
+
+
+class Exchange:
+    """The base's parameters kept aside while folded ones stand in their place."""
+
+    def __init__(self) -> None:
+        self._kept: list[tuple[nn.Module, str, nn.Parameter | torch.Tensor]] = []
+
+    def put(self, modules: Mapping[str, AdaptedModule], selection: Selection) -> None:
+        """Fold a selection in; where that fails half-way, nothing is changed."""
+        try:
+            for (_, module, name), stored, _ in folded_parameters(modules, selection, None):
+                own = module.get_parameter(name)
+                self._kept.append((module, name, own))
+                module._parameters[name] = nn.Parameter(stored, requires_grad=own.requires_grad)
+            for inner, name, buffer in _trained_buffers(modules, selection):
+                self._kept.append((inner, name, cast("torch.Tensor", inner._buffers[name])))
+                inner._buffers[name] = buffer.clone()
+        except BaseException:
+            self.back()
+            raise
+
+    def back(self) -> None:
+        """Put every kept tensor back where it was, the same object."""
+        while self._kept:
+            module, name, own = self._kept.pop()
+            if isinstance(own, nn.Parameter):
+                module._parameters[name] = own
+            else:
+                module._buffers[name] = own
+
+
+def fold_in(model: nn.Module, modules: Mapping[str, AdaptedModule], selection: Selection, seed: int | None) -> None:
+    """Write a selection into the parameters for good, one at a time; `preview` has said that all can be.
+
+    A parameter shared with another module is given to its adapted module alone first, and the config of a transformers
+    model is told that its embeddings are tied no more.
+    """
+    shared = shared_parameters(model)
+    untied = False
+    for (name, module, own_name), stored, _ in folded_parameters(modules, selection, seed):
+        own = module.get_parameter(own_name)
+        if name in shared:
+            module._parameters[own_name] = nn.Parameter(stored, requires_grad=own.requires_grad)
+            untied = True
+        else:
+            with torch.no_grad():
+                own.copy_(stored)
+    for inner, name, buffer in _trained_buffers(modules, selection):
+        cast("torch.Tensor", inner._buffers[name]).copy_(buffer)
+    config = getattr(model, "config", None)
+    if untied and getattr(config, "tie_word_embeddings", False):
+        config.tie_word_embeddings = False  # type: ignore[union-attr]
+
+
+def _trained_buffers(
+    modules: Mapping[str, AdaptedModule], selection: Selection
+) -> Iterator[tuple[nn.Module, str, torch.Tensor]]:
+    """Buffers (a batch norm's statistics) that a whole trained module brings along: those of the first that is
+    active.
+    """
+    for module in modules.values():
+        if not isinstance(module, ReplacedModule):
+            continue
+        active = cast("list[tuple[Replacement, float]]", module.active_updates(selection))
+        if active:
+            inside = dict(base_modules(module))
+            for name, buffer in active[0][0].copy.named_buffers():
+                path, _, last = name.rpartition(".")
+                yield inside[path], last, buffer.detach()
+
+
+def require_active(selection: Selection) -> None:
+    """Refuse to fold in nothing.
+
+    Raises:
+        AdapterError: no adapter is active.
+    """
+    if not selection.weights:
+        raise AdapterError("no adapter is active, so there is nothing to merge; activate one first")

@@ -1,0 +1,90 @@
+"""What a config or an adapter's value becomes in a model: the update of each layer, not yet in its place."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import nn
+
+from lorakit.adapter.config import LoRAConfig
+from lorakit.adapter.targets import Target, Targets
+from lorakit.adapter.value import Adapter
+from lorakit.core import initializers, lowrank
+from lorakit.core.deltas import LayerUpdate, LoRA, Replacement
+from lorakit.core.sites import CONVOLUTION, EMBEDDING
+from lorakit.core.weights import base_weight_of
+from lorakit.errors import ConfigError
+
+
+def expected_shapes(adapter: Adapter, targets: Targets, modules: Mapping[str, nn.Module]) -> dict[str, tuple[int, ...]]:
+    """Names (as `Adapter.tensors`) and shapes of every tensor an adapter with these targets must have."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for target in targets.layers:
+        shape_A, shape_B = target.site.shapes(target.module, target.r, target.path)
+        factors, channels = adapter.factors.get(target.path), getattr(target.module, "in_channels", None)
+        if target.site is CONVOLUTION and factors is not None and factors.A.shape[1] == channels:
+            shape_A = (shape_A[0], channels, *shape_A[2:])  # PEFT's A reads all channels of a grouped convolution
+        shapes |= {f"{target.path}.A": shape_A, f"{target.path}.B": shape_B}
+    shapes |= {f"{path}.bias": tuple(modules[path].get_parameter("bias").shape) for path in targets.biases}
+    for path in targets.replaced:
+        own = modules[path].state_dict()
+        shapes |= {f"{path}.{key}": tuple(t.shape) for key, t in own.items() if "lorakit_updates." not in key}
+    return shapes
+
+
+def _seeded(seed: int, path: str) -> torch.Generator:
+    """A generator that depends on the seed and the layer's path only: not on the order of layers, nor on what was
+    drawn before.
+    """
+    digest = hashlib.sha256(f"{seed}|{path}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
+def fresh_updates(
+    config: LoRAConfig, targets: Targets, modules: Mapping[str, nn.Module], seed: int
+) -> Iterator[tuple[str, LayerUpdate]]:
+    """Updates that change nothing yet, by module path; drawn from the seed and each path.
+
+    Raises:
+        TargetError: a layer cannot carry its rank, or its weight cannot be read.
+    """
+    loras = {target.path: _fresh_lora(config, target, seed) for target in targets.layers}
+    for path in dict.fromkeys([*loras, *targets.biases]):
+        bias = modules[path].get_parameter("bias").detach().float().clone() if path in targets.biases else None
+        yield path, LayerUpdate(loras.get(path), bias)
+
+
+def _fresh_lora(config: LoRAConfig, target: Target, seed: int) -> LoRA:
+    base_weight_of(target.module, target.path)  # refuses a storage that cannot be read
+    shape_A, shape_B = target.site.shapes(target.module, target.r, target.path)
+    # an embedding looks up columns of A: its default starts with A zero, so that no rare token begins with a random row
+    by_default = initializers.zero_A if target.site is EMBEDDING else initializers.default
+    initializer = by_default if config.init == "default" else initializers.INITIALIZERS[config.init]
+    if len(shape_A) > 2 and config.init == "orthogonal":
+        raise ConfigError(f"{target.path}: init 'orthogonal' is defined for matrices, not for convolutions")
+    start = initializer(shape_A, shape_B, _seeded(seed, target.path))
+    return _lora(config, start.A, start.B, target.alpha)
+
+
+def _lora(config: LoRAConfig, A: torch.Tensor, B: torch.Tensor, alpha: float) -> LoRA:
+    return LoRA(A, B, alpha=alpha, s=lowrank.scale(alpha, A.shape[0], config.scaling), dropout=config.dropout)
+
+
+def loaded_updates(adapter: Adapter, targets: Targets) -> Iterator[tuple[str, LayerUpdate]]:
+    """Updates from a value that was checked against the targets; copies, so that the value stays one."""
+    loras = {
+        path: _lora(adapter.config, f.A.detach().clone(), f.B.detach().clone(), f.alpha)
+        for path, f in adapter.factors.items()
+    }
+    for path in dict.fromkeys([*loras, *targets.biases]):
+        yield path, LayerUpdate(loras.get(path), adapter.biases[path].clone() if path in targets.biases else None)
+
+
+def loaded_replacement(adapter: Adapter, path: str, module: nn.Module) -> Replacement:
+    """The whole trained copy of the module at `path` that the value holds."""
+    replacement = Replacement(module)
+    own = {name.removeprefix(f"{path}."): t for name, t in adapter.replaced.items() if name.startswith(f"{path}.")}
+    replacement.copy.load_state_dict(own)
+    return replacement

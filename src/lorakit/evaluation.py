@@ -202,10 +202,11 @@ def evaluate(
 
     Args:
         data: rows, or where to read them (`data.read_rows`).
-        model: what `load_model` takes, or what it gave (adapters are attached for the time of the call; one that has
-            adapters already can only be measured without them); None: the base that the adapters name.
+        model: what `load_model` takes, or what it gave; None: the base that the adapters name. One in memory that has
+            adapters already is measured as it is, with what is active; `adapters` cannot be attached to it then.
         adapters: folders, or adapters in memory.
-        base: whether to measure the model without adapter too; None: only if there are no adapters.
+        base: True: measure the model without any adapter too; None: measure the model, as it is, only if no adapters
+            are given.
         metrics: of `METRICS`. `loss` is the mean over labelled tokens, with training's mask; the others judge greedy
             generations.
         limit: take only the first rows.
@@ -277,7 +278,7 @@ def evaluate(
 
     results = []
     if base or (base is None and not adapters):
-        with base_only(loaded):
+        with base_only(loaded) if base else contextlib.nullcontext():
             results.append(measure(None, tokenizer))
     for name, adapter in zip(names, adapters, strict=True):
         folder = None if isinstance(adapter, Adapter) else adapter

@@ -22,7 +22,7 @@ import sys
 import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, Self
 
 from lorakit.errors import FileError, RunError, bullet_list
 
@@ -106,6 +106,109 @@ def write_safetensors(
     ).encode()
     header += b" " * (-len(header) % 8)  # tensors begin at a multiple of eight bytes
     write_bytes(path, struct.pack("<Q", len(header)) + header + data[8 + length :])
+
+
+class SafetensorsWriter:
+    """A safetensors file written tensor by tensor, so that no more than one of them is in memory.
+
+    For files inside an `atomic_folder`, which makes them durable and puts them in place.
+
+    Args:
+        path: the file to create.
+        layout: name -> (dtype, shape), in the order in which the tensors will be written.
+        metadata: strings for the header.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        layout: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
+        metadata: Mapping[str, str] | None = None,
+    ) -> None:
+        self._path = Path(path)
+        self._left = list(layout)
+        self._layout = dict(layout)
+        names = {dtype: name for name, dtype in torch_dtypes().items()}
+        header: dict[str, Any] = {"__metadata__": dict(sorted((metadata or {"format": "pt"}).items()))}
+        position = 0
+        for name, (dtype, shape) in layout.items():
+            end = position + math.prod(shape) * _SAFETENSORS_BYTES[names[dtype]]
+            header[name] = {"dtype": names[dtype], "shape": list(shape), "data_offsets": [position, end]}
+            position = end
+        encoded = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        encoded += b" " * (-len(encoded) % 8)
+        try:
+            self._file = self._path.open("xb")
+            self._file.write(struct.pack("<Q", len(encoded)) + encoded)
+        except OSError as error:
+            raise FileError(f"{path}: could not be written: {error.strerror or error}") from error
+
+    def write(self, name: str, tensor: torch.Tensor) -> None:
+        """Append the next tensor of the layout."""
+        import torch
+
+        assert self._left, "every tensor of the layout has been written"
+        expected = self._left.pop(0)
+        assert (name, tensor.dtype, tuple(tensor.shape)) == (expected, *self._layout[expected]), "not the next one"
+        data = tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8)
+        try:
+            self._file.write(data.numpy().data)
+        except OSError as error:
+            raise FileError(f"{self._path}: could not be written: {error.strerror or error}") from error
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._file.close()
+        assert kind is not None or not self._left, f"not written: {self._left[:3]}"
+
+
+def torch_dtypes() -> dict[str, torch.dtype]:
+    """The dtypes of a header by its names for them."""
+    import torch
+
+    floats = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+    floats |= {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
+    whole = {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8}
+    return floats | whole | {"BOOL": torch.bool}
+
+
+class _Mapped(Mapping[str, Any]):
+    """Tensors of an open file by name."""
+
+    def __init__(self, file: Any, names: Mapping[str, object]) -> None:
+        self._file, self._names = file, names
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self._names:
+            raise KeyError(name)
+        return self._file.get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+@contextlib.contextmanager
+def open_safetensors(path: str | Path) -> Iterator[Mapping[str, torch.Tensor]]:
+    """The tensors of a file, each read from disk when it is asked for, after the header has been checked.
+
+    They are views of the file, mapped into memory: what is not touched is not read, and what was asked for is let go
+    with the block.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    header, _ = read_safetensors_header(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield _Mapped(file, header)
+    except (SafetensorError, OSError) as error:
+        if isinstance(error, FileError):
+            raise
+        raise FileError(f"{path}: could not be read: {error}") from error
 
 
 @contextlib.contextmanager

@@ -236,6 +236,51 @@ def load_model(spec: str | Path, dtype: str | torch.dtype = "auto", device: str 
     return model.to(target).eval(), tokenizer
 
 
+def load_skeleton(spec: str | Path) -> Any:
+    """The model without its weights: every module and parameter, on the meta device, from its config alone.
+
+    A Hub id that is not in the local cache has its config downloaded, nothing else.
+
+    Raises:
+        ModelError: the model cannot be found, or transformers has no class for it.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    source = resolve(spec)
+    config = _from_pretrained(AutoConfig, source)
+    try:
+        with torch.device("meta"), quiet(progress_bars=False):
+            auto_model: Any = AutoModelForCausalLM
+            skeleton = auto_model.from_config(config)
+    except ValueError as error:
+        raise _load_error(source, error) from error
+    skeleton.config._name_or_path = source.published
+    skeleton.name_or_path = source.name
+    return skeleton.eval()
+
+
+def local_folder(spec: str | Path) -> Path:
+    """The folder that holds a base model's files: its own, the conversion of a GGUF file, or the snapshot of a Hub id
+    (downloaded if it is not in the cache).
+
+    Raises:
+        ModelError: the model cannot be found or fetched.
+    """
+    source = resolve(spec)
+    folder = _local_folder(source)
+    if folder is None or (source.kind == "hub" and not any(Path(folder).glob("*.safetensors"))):
+        from huggingface_hub import snapshot_download
+
+        try:
+            folder = snapshot_download(
+                source.location, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model"]
+            )
+        except Exception as error:  # network, gate, name
+            raise _load_error(source, error) from error
+    return Path(folder)
+
+
 def check_tokenizer(model: Any, tokenizer: Any, where: str) -> None:
     """Refuse a tokenizer with ids that the model has no embedding for.
 

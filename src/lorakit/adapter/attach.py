@@ -221,9 +221,9 @@ class AttachedAdapters:
             AdapterError: nothing is active, or an update cannot be folded in; the model is as it was.
         """
         self._refuse_while_merged("merged")
-        selection = self._folding_selection()
+        selection = self.active_selection()
         exchange = folding.Exchange()
-        exchange.put(self._adapted_modules(), selection)
+        exchange.put(self.adapted_modules(), selection)
         self._state.folded = True
         try:
             yield
@@ -233,7 +233,7 @@ class AttachedAdapters:
 
     def merge_report(self, *, seed: int | None = None) -> FoldReport:
         """What `merge` would do: per parameter, how much of the update survives rounding. Changes nothing."""
-        return folding.preview(self.model, self._adapted_modules(), self._folding_selection(), seed)
+        return folding.preview(self.model, self.adapted_modules(), self.active_selection(), seed)
 
     def merge(
         self, *, minimum_survival: float = folding.MINIMUM_SURVIVAL, rounding: str = "nearest", seed: int = 0
@@ -258,7 +258,7 @@ class AttachedAdapters:
             raise AdapterError(f"rounding is 'nearest' or 'stochastic' (got {rounding!r})")
         draws = seed if rounding == "stochastic" else None
         self.merge_report(seed=draws).check(minimum_survival)
-        folding.fold_in(self.model, self._adapted_modules(), self._folding_selection(), draws)
+        folding.fold_in(self.model, self.adapted_modules(), self.active_selection(), draws)
         return self.detach()
 
     # ------------------------------------------------------------ in
@@ -453,11 +453,16 @@ class AttachedAdapters:
             if not module.lorakit_updates:
                 restore(module)
 
-    def _adapted_modules(self) -> dict[str, AdaptedModule]:
+    def adapted_modules(self) -> dict[str, AdaptedModule]:
         """Every module some adapter changes, by path, in the model's order."""
         return {path: module for path, module in base_modules(self.model) if isinstance(module, AdaptedModule)}
 
-    def _folding_selection(self) -> Selection:
+    def active_selection(self) -> Selection:
+        """What is active, to be folded in.
+
+        Raises:
+            AdapterError: nothing is, or each row has its own.
+        """
         selection = self._state.current()
         if isinstance(selection, Route):
             raise AdapterError("inside route() each row has its own adapter, so none can be folded into the weights")
@@ -528,12 +533,13 @@ class AttachedAdapters:
                 continue
             update = updates[path]
             site = site_of(module)
-            weight = next(module.parameters())
+            device = next(module.parameters()).device
             adapted = adapt(module, ReplacedModule if isinstance(update, Replacement) else AdaptedLayer, self._state)
             if isinstance(adapted, AdaptedLayer):
                 adapted.lorakit_site = site
             update.requires_grad_(trainable).train(module.training)
-            adapted.lorakit_updates[resident.slot] = update.to(weight.device)
+            # a skeleton's weights are nowhere; what an adapter holds is somewhere all the same
+            adapted.lorakit_updates[resident.slot] = update if device.type == "meta" else update.to(device)
             resident.modules[path] = adapted
         return resident
 

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from lorakit.adapter.attach import AttachedAdapters as AttachedAdapters
     from lorakit.adapter.attach import adapters as adapters
     from lorakit.adapter.attach import attach as attach
+    from lorakit.adapter.combine import combine as combine
     from lorakit.adapter.config import LoRAConfig as LoRAConfig
     from lorakit.adapter.value import Adapter as Adapter
     from lorakit.errors import LorakitError as LorakitError
@@ -33,6 +34,7 @@ _PUBLIC = {
     "TrainConfig": "lorakit.training.config",
     "adapters": "lorakit.adapter.attach",
     "attach": "lorakit.adapter.attach",
+    "combine": "lorakit.adapter.combine",
     "evaluate": "lorakit.evaluation",
     "generate": "lorakit.generation",
     "load_model": "lorakit.models",

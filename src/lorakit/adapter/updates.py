@@ -34,7 +34,7 @@ def expected_shapes(adapter: Adapter, targets: Targets, modules: Mapping[str, nn
     return shapes
 
 
-def _seeded(seed: int, path: str) -> torch.Generator:
+def seeded(seed: int, path: str) -> torch.Generator:
     """A generator that depends on the seed and the layer's path only: not on the order of layers, nor on what was
     drawn before.
     """
@@ -64,7 +64,7 @@ def _fresh_lora(config: LoRAConfig, target: Target, seed: int) -> LoRA:
     initializer = by_default if config.init == "default" else initializers.INITIALIZERS[config.init]
     if len(shape_A) > 2 and config.init == "orthogonal":
         raise ConfigError(f"{target.path}: init 'orthogonal' is defined for matrices, not for convolutions")
-    start = initializer(shape_A, shape_B, _seeded(seed, target.path))
+    start = initializer(shape_A, shape_B, seeded(seed, target.path))
     return _lora(config, start.A, start.B, target.alpha)
 
 

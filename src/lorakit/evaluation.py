@@ -18,7 +18,7 @@ from typing import Any
 from lorakit import models
 from lorakit.adapter.attach import attach, base_only
 from lorakit.adapter.value import Adapter
-from lorakit.data.chat import ChatFormat
+from lorakit.data.chat import ChatFormat, Example
 from lorakit.data.sources import Row, each_row, read_rows
 from lorakit.errors import ConfigError, DataError, FileError, nearest
 from lorakit.files import parse_json
@@ -283,13 +283,14 @@ def evaluate(
     for name, adapter in zip(names, adapters, strict=True):
         folder = None if isinstance(adapter, Adapter) else adapter
         own_tokenizer = tokenizer if folder is None else models.tokenizer_beside(folder, loaded, tokenizer)
-        with _attached(loaded, values[name]):
+        with attached(loaded, values[name]):
             results.append(measure(name, own_tokenizer))
     return results
 
 
 @contextlib.contextmanager
-def _attached(model: Any, adapter: Adapter) -> Iterator[None]:
+def attached(model: Any, adapter: Adapter) -> Iterator[None]:
+    """Within the block the model has the adapter."""
     handle = attach(model, adapter)
     try:
         yield
@@ -299,9 +300,18 @@ def _attached(model: Any, adapter: Adapter) -> Iterator[None]:
 
 def _loss(model: Any, chat_format: ChatFormat, rows: Sequence[Row], micro_batch_tokens: int) -> tuple[float, int, int]:
     """(mean loss, labelled tokens, rows that were cut)."""
-    examples = [example for encoded in each_row(chat_format.encode, rows, _UNMEASURABLE) for example in encoded]
+    examples = encoded(chat_format, rows)
     cut = len({example.origin for example in examples if example.prompt_cut or example.answer_cut})
     return *mean_loss(model, examples, micro_batch_tokens=micro_batch_tokens), cut
+
+
+def encoded(chat_format: ChatFormat, rows: Sequence[Row]) -> list[Example]:
+    """All rows as the loss sees them.
+
+    Raises:
+        DataError: rows that cannot be used; lists the first ones.
+    """
+    return [example for examples in each_row(chat_format.encode, rows, _UNMEASURABLE) for example in examples]
 
 
 def _answers(

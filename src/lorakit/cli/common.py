@@ -41,7 +41,13 @@ console = Console(stderr=True, markup=False, highlight=False, emoji=False, soft_
 _NEVER_FROM_FILE = {"as_json", "config_file", "help"}
 
 # verb -> what it does not take from a file written for training, where the name means another thing
-_ANOTHER_IN_TRAINING = {"eval": {"data", "batch_size"}, "generate": {"output", "batch_size"}, "demo": {"output"}}
+_ANOTHER_IN_TRAINING = {
+    "eval": {"data", "batch_size"},
+    "generate": {"output", "batch_size"},
+    "demo": {"output"},
+    "combine": {"method", "output", "rank"},
+    "compress": {"data", "output", "rank"},
+}
 
 
 def emit(result: Mapping[str, Any], as_json: bool) -> None:

@@ -18,7 +18,13 @@ from lorakit.adapter import fingerprint, folding
 from lorakit.adapter.config import LoRAConfig
 from lorakit.adapter.folding import FoldReport
 from lorakit.adapter.targets import Targets, find_targets
-from lorakit.adapter.updates import expected_shapes, fresh_updates, loaded_replacement, loaded_updates
+from lorakit.adapter.updates import (
+    expected_shapes,
+    fresh_replacement,
+    fresh_updates,
+    loaded_replacement,
+    loaded_updates,
+)
 from lorakit.adapter.value import Adapter, BaseInfo, Factors
 from lorakit.core.active import NOTHING, ActiveState, Route, Selection
 from lorakit.core.deltas import LayerUpdate, Replacement, trainable
@@ -308,7 +314,7 @@ class AttachedAdapters:
             updates |= {path: loaded_replacement(adapter, path, modules[path]) for path in targets.replaced}
         else:
             updates = dict(fresh_updates(config, targets, modules, seed))
-            updates |= {path: Replacement(modules[path]) for path in targets.replaced}
+            updates |= {path: fresh_replacement(modules[path]) for path in targets.replaced}
         before = self._residents.get(name)
         resident = self._insert(config, updates, modules, trainable=trainable)
         self._residents[name] = resident

@@ -15,14 +15,13 @@ from typing import NamedTuple
 
 import torch
 
-from lorakit.adapter import merging
+from lorakit.adapter import union
 from lorakit.adapter.compress import Truncated, refactored, refuse_ranks_within_groups, truncated, with_factors
 from lorakit.adapter.updates import seeded
 from lorakit.adapter.value import Adapter, Factors
 from lorakit.core import consensus, lowrank
 from lorakit.errors import AdapterError, nearest
 
-_NOTHING_LOST = 1e-10  # a singular value this small beside the largest is rounding: fp32 factors, fp64 arithmetic
 _WIDEST_EPSILON = 0.2
 
 
@@ -118,9 +117,9 @@ def combine_with_report(
     values = [a if isinstance(a, Adapter) else Adapter.load(a) for a in adapters]
     shares = [1.0] * len(values) if weights is None else [float(weight) for weight in weights]
     _check_request(values, shares, method, options)
-    merging.refuse_strangers(values, check_base=check_base)
+    union.refuse_strangers(values, check_base=check_base)
     used = [(value, weight) for value, weight in zip(values, shares, strict=True) if weight]
-    shell = merging.shell([value for value, _ in used], [weight for _, weight in used])
+    shell = union.shell([value for value, _ in used], [weight for _, weight in used])
     result = _METHODS[method].run(shell, _terms(used), options)
     about = {"method": method, "weights": shares}
     about |= {f.name: given for f in fields(options) if (given := getattr(options, f.name)) not in (None, 0)}
@@ -160,7 +159,7 @@ def _linear(shell: Adapter, terms: Mapping[str, list[Term]], options: Options) -
     factors = dict(whole.adapter.factors)
     for path, parts in terms.items():
         value = lowrank.svd(*_side_by_side(parts))
-        carries = value.S.max() * _NOTHING_LOST
+        carries = value.S.max() * 2 * torch.finfo(factors[path].A.dtype).eps  # below it is the rounding of factors
         rank = max(1, int((carries < value.S).sum(-1).max()))
         if rank < factors[path].B.shape[1]:
             factors[path] = refactored(factors[path], *lowrank.balanced(value, rank))
@@ -315,7 +314,7 @@ def _check_request(adapters: Sequence[Adapter], weights: Sequence[float], method
         if f.name not in takes | {"seed"} and getattr(options, f.name) is not None
     ]
     problems += _out_of_range(options)
-    merging.raise_all("combine", problems)
+    union.raise_all("combine", problems)
 
 
 def _out_of_range(options: Options) -> list[str]:

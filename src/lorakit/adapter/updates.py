@@ -13,6 +13,7 @@ from lorakit.adapter.targets import Target, Targets
 from lorakit.adapter.value import Adapter
 from lorakit.core import initializers, lowrank
 from lorakit.core.deltas import LayerUpdate, LoRA, Replacement
+from lorakit.core.layer import ReplacedModule, restore
 from lorakit.core.sites import CONVOLUTION, EMBEDDING
 from lorakit.core.weights import base_weight_of
 from lorakit.errors import ConfigError
@@ -82,9 +83,17 @@ def loaded_updates(adapter: Adapter, targets: Targets) -> Iterator[tuple[str, La
         yield path, LayerUpdate(loras.get(path), adapter.biases[path].clone() if path in targets.biases else None)
 
 
+def fresh_replacement(module: nn.Module) -> Replacement:
+    """A trainable copy of a module as it is in the base, whatever other adapters put in its place."""
+    replacement = Replacement(module)
+    if isinstance(replacement.copy, ReplacedModule):
+        restore(replacement.copy)
+    return replacement
+
+
 def loaded_replacement(adapter: Adapter, path: str, module: nn.Module) -> Replacement:
     """The whole trained copy of the module at `path` that the value holds."""
-    replacement = Replacement(module)
+    replacement = fresh_replacement(module)
     own = {name.removeprefix(f"{path}."): t for name, t in adapter.replaced.items() if name.startswith(f"{path}.")}
     replacement.copy.load_state_dict(own)
     return replacement

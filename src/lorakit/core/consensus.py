@@ -15,12 +15,15 @@ Thinning = Callable[[torch.Tensor, float, float, torch.Generator], torch.Tensor]
 
 
 def keep_largest(delta: torch.Tensor, density: float, epsilon: float, generator: torch.Generator) -> torch.Tensor:
-    """Zero all but the `density` largest in magnitude (the "trim" of TIES, arXiv 2306.01708). Draws nothing."""
+    """Zero all but the `density` largest in magnitude (the "trim" of TIES, arXiv 2306.01708); what equals the smallest
+    that stays, stays too. Draws nothing.
+    """
     count = int(density * delta.numel())
-    kept = delta.abs().flatten().topk(count).indices
-    thinned = torch.zeros_like(delta).flatten()
-    thinned[kept] = delta.flatten()[kept]
-    return thinned.reshape(delta.shape)
+    if count == 0:
+        return torch.zeros_like(delta)
+    magnitude = delta.abs()
+    smallest_kept = magnitude.flatten().kthvalue(delta.numel() - count + 1).values
+    return torch.where(magnitude >= smallest_kept, delta, 0.0)
 
 
 def keep_random(delta: torch.Tensor, density: float, epsilon: float, generator: torch.Generator) -> torch.Tensor:
@@ -40,10 +43,13 @@ def keep_by_rank(delta: torch.Tensor, density: float, epsilon: float, generator:
         generator: of the draws.
     """
     columns = delta.shape[-1]
-    place = delta.abs().argsort(dim=-1, stable=True).argsort(dim=-1, stable=True)  # 0: the smallest of its row
-    probability = density + epsilon * (place.to(delta.dtype) / max(columns - 1, 1) - 0.5)
-    if columns == 1:
-        probability = torch.full_like(delta, density)
+    share = (
+        torch.linspace(-0.5, 0.5, columns, dtype=delta.dtype, device=delta.device)
+        if columns > 1
+        else delta.new_zeros(1)
+    )
+    order = delta.abs().argsort(dim=-1)
+    probability = density + epsilon * torch.zeros_like(delta).scatter_(-1, order, share.expand_as(delta))
     kept = torch.rand(delta.shape, generator=generator).to(delta.device) < probability
     return torch.where(kept, delta / probability, 0.0)
 

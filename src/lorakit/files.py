@@ -12,6 +12,7 @@ import contextlib
 import ctypes
 import errno
 import hashlib
+import io
 import itertools
 import json
 import math
@@ -376,7 +377,7 @@ class JsonLines:
         """All whole lines; a torn last line (a killed writer) is left out."""
         if not self.path.exists():
             return []
-        lines = _read(self.path).split(b"\n")
+        lines = read_bytes(self.path).split(b"\n")
         return [parse_json(line, f"{self.path}:{i}") for i, line in enumerate(lines[:-1], 1)]
 
     def keep(self, rows: list[dict[str, Any]]) -> None:
@@ -445,7 +446,7 @@ def parse_json(data: bytes | str, where: str) -> Any:
 
 def read_json(path: str | Path) -> Any:
     """A JSON file, strictly (see `parse_json`)."""
-    return parse_json(_read(path), str(path))
+    return parse_json(read_bytes(path), str(path))
 
 
 def read_safetensors_header(path: str | Path) -> tuple[dict[str, tuple[str, tuple[int, ...]]], dict[str, str]]:
@@ -518,7 +519,56 @@ def read_safetensors(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[st
         raise FileError(f"{path}: could not be read: {error}") from error
 
 
-def _read(path: str | Path) -> bytes:
+def read_torch(path: str | Path) -> dict[str, torch.Tensor]:
+    """The tensors of a file made by `torch.save`, by name, on the CPU: a dict of tensors, or a dict whose only entry is
+    one (`{"model_state_dict": {...}}`).
+
+    Such a file is a pickle; it is read by torch's restricted reader, which runs no code of the file, and what comes out
+    must be plain tensors with no more values than the file has room for.
+
+    Raises:
+        FileError: it cannot be read, or holds anything else.
+    """
+    import torch
+
+    try:
+        value = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise FileError(f"{path}: could not be read: {error.strerror or error}") from error
+    except Exception as error:  # a pickle of strangers raises anything
+        reason = str(error).strip().split("\n")[0]
+        raise FileError(f"{path}: not a file of tensors by torch.save, or damaged: {reason}") from error
+    if isinstance(value, dict) and len(value) == 1 and isinstance(inner := next(iter(value.values())), dict):
+        value = inner
+    if not isinstance(value, dict) or not all(isinstance(name, str) for name in value):
+        raise FileError(f"{path}: holds no dict of names and tensors; save lora_state_dict(model)")
+    room = Path(path).stat().st_size
+    problems = []
+    for name, tensor in value.items():
+        if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided or tensor.is_quantized:
+            problems.append(f"{name}: holds {type(tensor).__name__}, not a dense tensor")
+        elif tensor.device.type != "cpu" or tensor.numel() * tensor.element_size() > room:
+            problems.append(f"{name}: a tensor of shape {tuple(tensor.shape)} is not in a file of {room:,} bytes")
+    if problems:
+        raise FileError(f"{path}: not read:\n{bullet_list(problems)}")
+    return {name: tensor.detach() for name, tensor in value.items()}
+
+
+def write_torch(path: str | Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Tensors as `torch.save` writes them, in the order of their names: for consumers that read nothing else."""
+    import torch
+
+    buffer = io.BytesIO()
+    torch.save({name: tensors[name].detach().to("cpu").contiguous() for name in sorted(tensors)}, buffer)
+    write_bytes(path, buffer.getvalue())
+
+
+def read_bytes(path: str | Path) -> bytes:
+    """The whole file.
+
+    Raises:
+        FileError: it could not be read.
+    """
     try:
         return Path(path).read_bytes()
     except OSError as error:

@@ -21,6 +21,7 @@ import shutil
 import struct
 import sys
 import uuid
+import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Self
@@ -532,12 +533,15 @@ def read_torch(path: str | Path) -> dict[str, torch.Tensor]:
     import torch
 
     try:
-        value = torch.load(path, map_location="cpu", weights_only=True)
+        packed = _compressed_parts(path)
+        value = None if packed else torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise FileError(f"{path}: could not be read: {error.strerror or error}") from error
     except Exception as error:  # a pickle of strangers raises anything
         reason = str(error).strip().split("\n")[0]
         raise FileError(f"{path}: not a file of tensors by torch.save, or damaged: {reason}") from error
+    if packed:  # a small file could unpack to any size
+        raise FileError(f"{path}: its part {packed[0]} is compressed, which torch.save never does: not read")
     if isinstance(value, dict) and len(value) == 1 and isinstance(inner := next(iter(value.values())), dict):
         value = inner
     if not isinstance(value, dict) or not all(isinstance(name, str) for name in value):
@@ -552,6 +556,13 @@ def read_torch(path: str | Path) -> dict[str, torch.Tensor]:
     if problems:
         raise FileError(f"{path}: not read:\n{bullet_list(problems)}")
     return {name: tensor.detach() for name, tensor in value.items()}
+
+
+def _compressed_parts(path: str | Path) -> list[str]:
+    if not zipfile.is_zipfile(path):
+        return []
+    with zipfile.ZipFile(path) as archive:
+        return [entry.filename for entry in archive.infolist() if entry.compress_type != zipfile.ZIP_STORED]
 
 
 def write_torch(path: str | Path, tensors: Mapping[str, torch.Tensor]) -> None:

@@ -4,6 +4,7 @@ query and key projections of some architectures. Knows no adapters.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -97,8 +98,8 @@ def _of_path(modules: Mapping[str, Any], architecture: str, blocks: int) -> dict
             if (name := table.get_name(spelling)) is not None:
                 found[path] = name
                 break
-    given = list(found.values())
-    return {path: name for path, name in found.items() if given.count(name) == 1}
+    given = Counter(found.values())
+    return {path: name for path, name in found.items() if given[name] == 1}
 
 
 def _heads(config: Mapping[str, Any], of_path: Mapping[str, str]) -> dict[str, int]:

@@ -570,7 +570,8 @@ def write_torch(path: str | Path, tensors: Mapping[str, torch.Tensor]) -> None:
     import torch
 
     buffer = io.BytesIO()
-    torch.save({name: tensors[name].detach().to("cpu").contiguous() for name in sorted(tensors)}, buffer)
+    # cloned: of a view, torch.save would write all that it is a view of
+    torch.save({name: tensors[name].detach().to("cpu").contiguous().clone() for name in sorted(tensors)}, buffer)
     write_bytes(path, buffer.getvalue())
 
 

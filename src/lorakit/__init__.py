@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from lorakit.errors import LorakitError as LorakitError
     from lorakit.evaluation import evaluate as evaluate
     from lorakit.generation import generate as generate
+    from lorakit.merging import merge as merge
     from lorakit.models import load_model as load_model
     from lorakit.training.config import TrainConfig as TrainConfig
     from lorakit.training.run import Run as Run
@@ -38,6 +39,7 @@ _PUBLIC = {
     "evaluate": "lorakit.evaluation",
     "generate": "lorakit.generation",
     "load_model": "lorakit.models",
+    "merge": "lorakit.merging",
     "train": "lorakit.training.run",
 }
 

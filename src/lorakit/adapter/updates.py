@@ -95,5 +95,7 @@ def loaded_replacement(adapter: Adapter, path: str, module: nn.Module) -> Replac
     """The whole trained copy of the module at `path` that the value holds."""
     replacement = fresh_replacement(module)
     own = {name.removeprefix(f"{path}."): t for name, t in adapter.replaced.items() if name.startswith(f"{path}.")}
+    if any(parameter.is_meta for parameter in replacement.copy.parameters()):
+        replacement.copy.to_empty(device="cpu")  # a skeleton's module: the value brings the numbers
     replacement.copy.load_state_dict(own)
     return replacement

@@ -29,6 +29,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "compress": ("lorakit.cli.compress", "Lower an adapter's rank, as far as held-out rows allow."),
     "inspect": ("lorakit.cli.inspect", "Show what an adapter changes, layer by layer."),
     "chat": ("lorakit.cli.chat", "Talk with a model and its adapter."),
+    "merge": ("lorakit.cli.merge", "Fold adapters into their base, verify, write a plain model."),
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -187,7 +188,13 @@ def merge(
         certificate = result.to_dict() | {
             "adapters": [{"digest": v.digest(), "weight": f} for v, f in zip(values, factors, strict=True)],
             "rounding": rounding,
-            "layers": [asdict(layer) for layer in report.layers],
+            "layers": [
+                {
+                    key: None if isinstance(value, float) and not math.isfinite(value) else value
+                    for key, value in row.items()
+                }
+                for row in map(asdict, report.layers)  # the share of an update of zero, the ratio to a bias of zero
+            ],
         }
         files.write_json(building / CERTIFICATE, certificate)
     return result

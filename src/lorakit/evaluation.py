@@ -185,6 +185,7 @@ def evaluate(
     model: str | tuple[Any, Any] | None = None,
     adapters: Sequence[str | Path | Adapter] = (),
     base: bool | None = None,
+    as_is: bool = False,
     metrics: Sequence[str] = ("loss",),
     limit: int | None = None,
     max_new_tokens: int = 256,
@@ -202,11 +203,11 @@ def evaluate(
 
     Args:
         data: rows, or where to read them (`data.read_rows`).
-        model: what `load_model` takes, or what it gave; None: the base that the adapters name. One in memory that has
-            adapters already is measured as it is, with what is active; `adapters` cannot be attached to it then.
+        model: what `load_model` takes, or what it gave (adapters are attached for the time of the call; one that has
+            adapters already can only be measured without them, or `as_is`); None: the base that the adapters name.
         adapters: folders, or adapters in memory.
-        base: True: measure the model without any adapter too; None: measure the model, as it is, only if no adapters
-            are given.
+        base: whether to measure the model without adapter too; None: only if there are no adapters.
+        as_is: let what is active in a model in memory be active while "the model without adapter" is measured.
         metrics: of `METRICS`. `loss` is the mean over labelled tokens, with training's mask; the others judge greedy
             generations.
         limit: take only the first rows.
@@ -278,7 +279,7 @@ def evaluate(
 
     results = []
     if base or (base is None and not adapters):
-        with base_only(loaded) if base else contextlib.nullcontext():
+        with contextlib.nullcontext() if as_is else base_only(loaded):
             results.append(measure(None, tokenizer))
     for name, adapter in zip(names, adapters, strict=True):
         folder = None if isinstance(adapter, Adapter) else adapter

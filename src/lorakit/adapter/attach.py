@@ -302,7 +302,7 @@ class AttachedAdapters:
                 f"adapter {name!r} is already there; pass replace=True, remove it first, or choose another name"
             )
         if isinstance(adapter, str | Path):
-            adapter = Adapter.load(adapter)
+            adapter = Adapter.load(adapter, model=self.model)
         config = adapter.config if isinstance(adapter, Adapter) else adapter
         trainable = isinstance(adapter, LoRAConfig) if trainable is None else trainable
         targets = find_targets(self.model, config)
@@ -335,7 +335,7 @@ class AttachedAdapters:
         replace: bool = False,
     ) -> None:
         """Make a saved adapter resident under `name`; it is not activated. Arguments and errors as in `add`."""
-        value = Adapter.load(adapter) if isinstance(adapter, str | Path) else adapter
+        value = Adapter.load(adapter, model=self.model) if isinstance(adapter, str | Path) else adapter
         self.add(name, value, trainable=trainable, check_base=check_base, replace=replace)
 
     # ------------------------------------------------------------ out

@@ -190,7 +190,7 @@ class Adapter:
             )
         return replace(self, factors={path: replace(f, B=f.B * factor) for path, f in self.factors.items()})
 
-    def folded(self, *, uniform_rank: bool = False) -> Self:
+    def folded(self, *, uniform_rank: bool = False) -> Adapter:
         """The same updates with every scale 1 (alpha = r, carried by B, in fp32): what formats need that know one
         scale, or none.
 
@@ -210,10 +210,9 @@ class Adapter:
                 A = torch.cat([A, A.new_zeros(largest - f.r, *A.shape[1:])])
                 B = torch.cat([B, B.new_zeros(B.shape[0], largest - f.r, *B.shape[2:])], dim=1)
             factors[path] = replace(f, A=A, B=B, alpha=float(A.shape[0]))
-        config = replace(
-            self.config, r=largest, alpha=float(largest), scaling="lora", rank_pattern={}, alpha_pattern={}
-        )
-        return replace(self, config=config, factors=factors)
+        from lorakit.adapter.compress import with_factors
+
+        return with_factors(self, factors)
 
     def spectrum(self) -> Spectrum:
         """Singular values (scale included), energy, stable and effective rank and norm of every layer's update, from

@@ -269,7 +269,7 @@ def _verify(
         if rows is None:
             return {}
         (result,) = evaluate(
-            data=rows, model=(model, tokenizer), base=None, metrics=metrics, max_new_tokens=max_new_tokens
+            data=rows, model=(model, tokenizer), as_is=True, metrics=metrics, max_new_tokens=max_new_tokens
         )
         return result.scores
 

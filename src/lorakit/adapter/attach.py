@@ -296,7 +296,7 @@ class AttachedAdapters:
                 f"adapter {name!r} is already there; pass replace=True, remove it first, or choose another name"
             )
         if isinstance(adapter, str | Path):
-            adapter = Adapter.load(adapter)
+            adapter = Adapter.load(adapter, model=self.model)
         config = adapter.config if isinstance(adapter, Adapter) else adapter
         trainable = isinstance(adapter, LoRAConfig) if trainable is None else trainable
         targets = find_targets(self.model, config)
@@ -329,7 +329,7 @@ class AttachedAdapters:
         replace: bool = False,
     ) -> None:
         """Make a saved adapter resident under `name`; it is not activated. Arguments and errors as in `add`."""
-        value = Adapter.load(adapter) if isinstance(adapter, str | Path) else adapter
+        value = Adapter.load(adapter, model=self.model) if isinstance(adapter, str | Path) else adapter
         self.add(name, value, trainable=trainable, check_base=check_base, replace=replace)
 
     # ------------------------------------------------------------ out
@@ -388,7 +388,7 @@ class AttachedAdapters:
 
     def save(self, name: str, path: str | Path, format: str = "peft") -> Path:
         """Write an adapter to the folder `path`: `extract(name).save(path)`."""
-        return self.extract(name).save(path, format=format)
+        return self.extract(name).save(path, format=format, model=self.model)
 
     # ------------------------------------------------------------ about
 

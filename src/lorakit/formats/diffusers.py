@@ -126,23 +126,25 @@ def read(path: Path, context: Context) -> Adapter:
         alone = layers.alone
     settings = _read_settings(metadata, alone, file)
     factors: dict[str, Factors] = {}
+    absent: list[str] = []
     for written in sorted(parts):
         name = pipeline.split(_current(written), alone)
         if name is None:
             problems.append(f"{written}: of no component of a pipeline ({', '.join(pipeline.COMPONENTS)})")
             continue
         layer = _current(written) if layers is None else layers.paths.get(name)
-        if layer is None or layer in factors:
-            known = map(str, layers.paths) if layers is not None and len(problems) < 3 else ()
-            problems.append(
-                pipeline.no_such_layer(str(name), known) if layer is None else f"{written}: a second update of {layer}"
-            )
+        if layer is None:
+            absent.append(str(name))
+            continue
+        if layer in factors:
+            problems.append(f"{written}: a second update of {layer}")
             continue
         try:
             shape = layers.shapes[layer] if layers is not None else None
             factors[layer] = _factors(parts[written], name, settings.get(name.component), shape)
         except AdapterFileError as error:
             problems.append(f"{written}: {error}")
+    problems += pipeline.no_such_layers(absent, map(str, layers.paths) if layers is not None else ())
     if problems:
         raise AdapterFileError(f"{file}: nothing loaded:\n{bullet_list(problems)}")
     shapes = layers.shapes if layers is not None else {}

@@ -125,16 +125,11 @@ def read(path: Path, context: Context) -> Adapter:
         by_name.setdefault(name, {})[part] = tensor
     problems: list[str] = []
     factors: dict[str, Factors] = {}
-    for name in sorted(by_name):
-        meant_paths = meanings.get(name, set())
-        if len(meant_paths) != 1:
-            # looking for the nearest is slow: for the first few only
-            known = meanings if len(problems) < 3 else ()
-            problems.append(
-                f"{name}: could mean {' or '.join(sorted(meant_paths))}"
-                if meant_paths
-                else pipeline.no_such_layer(name, known)
-            )
+    problems += pipeline.no_such_layers([name for name in sorted(by_name) if name not in meanings], meanings)
+    for name in sorted(by_name.keys() & meanings.keys()):
+        meant_paths = meanings[name]
+        if len(meant_paths) > 1:
+            problems.append(f"{name}: could mean {' or '.join(sorted(meant_paths))}")
             continue
         (layer,) = meant_paths
         if layer in factors:

@@ -137,7 +137,7 @@ def _lokr(parts: Parts, shape: tuple[int, ...]) -> tuple[Pair, int | None]:
     if A1.shape[0] * A2.shape[0] >= _full_rank(shape):
         first, second = B1 @ A1, (B2 @ A2.flatten(1)).reshape(B2.shape[0], *A2.shape[1:])
         return _whole(_kron(first, second)), r
-    return (torch.kron(B1, B2), _kron(A1, A2)), r
+    return (_kron(B1, B2), _kron(A1, A2)), r
 
 
 def _lokr_half(parts: Parts, number: int, kernel: tuple[int, ...]) -> tuple[Pair, int | None]:
@@ -180,4 +180,5 @@ def _full_rank(shape: tuple[int, ...]) -> int:
 
 def _kron(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
     """Kronecker product over the first two dimensions; the kernel is the second's."""
-    return torch.kron(first.reshape(*first.shape, *(1 for _ in second.shape[2:])), second)
+    one_pixel = first.reshape(*first.shape, *(1 for _ in second.shape[2:]))
+    return torch.kron(one_pixel.contiguous(), second.contiguous())  # torch makes views of them

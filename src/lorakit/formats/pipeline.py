@@ -10,8 +10,9 @@ lack it (transformers 5 flattened `CLIPTextModel`), it is added in files and tak
 
 from __future__ import annotations
 
+import bisect
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from lorakit.adapter.value import Adapter
@@ -83,10 +84,18 @@ class Layers:
         return {name.component for name in self.names.values()}
 
 
-def no_such_layer(name: str, known: Iterable[str]) -> str:
-    """A sentence on a layer of a file that the model has not."""
-    guess = nearest(name, known, count=1)
-    return f"{name}: no such layer in the model" + (f"; nearest: {guess[0]}" if guess else "")
+def no_such_layers(names: Sequence[str], known: Iterable[str]) -> list[str]:
+    """A sentence on each layer of a file that the model has not, with the nearest for the first few.
+
+    The nearest are looked for among the neighbours in the alphabet: comparing with all names of a big model takes
+    seconds.
+    """
+    ordered, sentences = sorted(known), []
+    for count, name in enumerate(names):
+        place = bisect.bisect(ordered, name)
+        guess = nearest(name, ordered[max(place - 20, 0) : place + 20], count=1) if count < 5 else ()
+        sentences.append(f"{name}: no such layer in the model" + (f"; nearest: {guess[0]}" if guess else ""))
+    return sentences
 
 
 def file_names(adapter: Adapter, base: BaseFacts | None) -> dict[str, FileName | None]:

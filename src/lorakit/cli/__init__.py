@@ -26,6 +26,8 @@ VERBS: dict[str, tuple[str, str]] = {
     "eval": ("lorakit.cli.eval", "Measure a model and its adapters on held-out rows."),
     "generate": ("lorakit.cli.generate", "Answer prompts or rows, many at a time."),
     "chat": ("lorakit.cli.chat", "Talk with a model and its adapter."),
+    "convert": ("lorakit.cli.convert", "Write an adapter in another file format."),
+    "export": ("lorakit.cli.export", "Write an adapter for another tool; --lint tells what it cannot carry."),
 }
 
 

@@ -113,7 +113,7 @@ def obstacles(adapter: Adapter, base: BaseFacts | None) -> list[str]:
     strange = [path for path, name in names.items() if name is None]
     if strange and len(strange) == len(names):
         problems.append(
-            f"{strange[0]}{' and others' if len(strange) > 1 else ''}: of no component of a diffusion pipeline; paths "
+            f"{min(strange)}{' and others' if len(strange) > 1 else ''}: of no component of a diffusion pipeline; paths "
             f"begin with one ({', '.join(COMPONENTS)}), or the model is one: name it, if it is"
         )
     else:

@@ -22,7 +22,8 @@ from lorakit import Adapter, LoRAConfig
 # every layer that multiplies, of UNets and of CLIP's text encoders
 UNET_LAYERS = (
     *("to_q", "to_k", "to_v", "to_out.0", "net.0.proj", "net.2", "proj_in", "proj_out", "conv1", "conv2"),
-    *("conv_shortcut", "time_emb_proj", "downsamplers.0.conv", "upsamplers.0.conv"),
+    *("conv_shortcut", "time_emb_proj", "downsamplers.0.conv", "upsamplers.0.conv", "conv_in", "conv_out"),
+    *("linear_1", "linear_2"),
 )
 TEXT_LAYERS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
 UNEVEN = {"rank_pattern": {"to_q": 2, "to_k": 3}, "alpha_pattern": {"to_q": 5.0, "to_v": 1.0}}
@@ -97,7 +98,8 @@ def run_unet(model: nn.Module) -> torch.Tensor:
 def run_text(model: nn.Module) -> torch.Tensor:
     ids = torch.tensor([[0, 7, 9, 4, 1], [0, 3, 2, 8, 1]])
     with torch.no_grad():
-        return model(ids).last_hidden_state
+        output = model(ids)
+    return output.text_embeds if "text_embeds" in output else output.last_hidden_state
 
 
 def run_flux(model: nn.Module) -> torch.Tensor:

@@ -60,7 +60,8 @@ def file(tmp_path):
 )
 def test_diffusers_reads_our_file_and_computes_what_we_compute(xl, setting, header, tmp_path):
     parts = components(xl=xl)
-    trained(parts, LoRAConfig(r=4, target_modules=(*UNET_LAYERS, *TEXT_LAYERS), **SETTINGS[setting]))
+    layers = (*UNET_LAYERS, *TEXT_LAYERS, *(["text_projection"] if xl else []))
+    trained(parts, LoRAConfig(r=4, target_modules=layers, **SETTINGS[setting]))
     expected = outputs(parts)
     written = lorakit.adapters(parts).save("default", tmp_path, format="diffusers")
     assert written == tmp_path / NAME

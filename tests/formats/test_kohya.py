@@ -41,7 +41,8 @@ def file(tmp_path):
 @pytest.mark.parametrize(("setting", "xl"), [*((setting, False) for setting in SETTINGS), ("uneven", True)])
 def test_diffusers_reads_our_file_and_computes_what_we_compute(xl, setting, tmp_path):
     parts = components(xl=xl)
-    trained(parts, LoRAConfig(r=4, target_modules=(*UNET_LAYERS, *TEXT_LAYERS), **SETTINGS[setting]))
+    layers = (*UNET_LAYERS, *TEXT_LAYERS, *(["text_projection"] if xl else []))
+    trained(parts, LoRAConfig(r=4, target_modules=layers, **SETTINGS[setting]))
     expected = outputs(parts)
     lorakit.adapters(parts).save("default", tmp_path / "style.safetensors", format="kohya")
     theirs = components(xl=xl)

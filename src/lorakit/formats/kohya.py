@@ -87,7 +87,9 @@ def _written_names(adapter: Adapter, base: BaseFacts | None) -> dict[str, str | 
 
 def _flat(name: FileName, *, several: bool) -> str | None:
     prefixes = _PREFIXES.get(name.component)
-    return prefixes[-1 if several else 0] + _underscored(name.path) if prefixes else None
+    # diffusers misreads its own names of SDXL's embedding of sizes, and knows those of the first release
+    path = _RELEASED_SIZES.get(name.path, name.path) if name.component == "unet" else name.path
+    return prefixes[-1 if several else 0] + _underscored(path) if prefixes else None
 
 
 def _underscored(path: str) -> str:
@@ -173,6 +175,7 @@ _AROUND = {
     "label_emb.0.0": "add_embedding.linear_1",
     "label_emb.0.2": "add_embedding.linear_2",
 }
+_RELEASED_SIZES = {ours: theirs for theirs, ours in _AROUND.items() if ours.startswith("add_embedding.")}
 
 
 def _first_released(layers: Layers) -> Iterator[tuple[str, str]]:

@@ -110,11 +110,12 @@ def obstacles(adapter: Adapter, base: BaseFacts | None) -> list[str]:
     if str(adapter.config.delta) != "lora":
         problems.append(f"delta {adapter.config.delta!r}: only plain low-rank updates")
     names = file_names(adapter, base)
-    strange = [path for path, name in names.items() if name is None]
+    strange = sorted(path for path, name in names.items() if name is None)
     if strange and len(strange) == len(names):
+        others = " and others" if len(strange) > 1 else ""
         problems.append(
-            f"{min(strange)}{' and others' if len(strange) > 1 else ''}: of no component of a diffusion pipeline; paths "
-            f"begin with one ({', '.join(COMPONENTS)}), or the model is one: name it, if it is"
+            f"{strange[0]}{others}: of no component of a diffusion pipeline; paths begin with one "
+            f"({', '.join(COMPONENTS)}), or the model is one: name it, if it is"
         )
     else:
         problems += [f"{path}: of no component of a diffusion pipeline" for path in strange]

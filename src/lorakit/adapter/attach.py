@@ -394,7 +394,7 @@ class AttachedAdapters:
 
     def save(self, name: str, path: str | Path, format: str = "peft") -> Path:
         """Write an adapter to the folder `path`: `extract(name).save(path)`."""
-        return self.extract(name).save(path, format=format)
+        return self.extract(name).save(path, format=format, model=self.model)
 
     # ------------------------------------------------------------ about
 

@@ -19,6 +19,8 @@ CODECS = {
     "gguf": "lorakit.formats.gguf",
     "vllm": "lorakit.formats.vllm",
     "loralib": "lorakit.formats.loralib",
+    "kohya": "lorakit.formats.kohya",
+    "diffusers": "lorakit.formats.diffusers",
 }
 
 

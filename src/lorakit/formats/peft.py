@@ -150,14 +150,15 @@ def _patterns(adapter: Adapter) -> tuple[dict[str, int], dict[str, float]]:
     """
     config = adapter.config
     ranks, alphas = dict(config.rank_pattern), dict(config.alpha_pattern)
-    wrong_r = {re.escape(p): f.r for p, f in adapter.factors.items() if _by_pattern(ranks, p, config.r) != f.r}
+    wrong_r = {re.escape(p): f.r for p, f in adapter.factors.items() if by_pattern(ranks, p, config.r) != f.r}
     wrong_alpha = {
-        re.escape(p): f.alpha for p, f in adapter.factors.items() if _by_pattern(alphas, p, config.alpha) != f.alpha
+        re.escape(p): f.alpha for p, f in adapter.factors.items() if by_pattern(alphas, p, config.alpha) != f.alpha
     }
     return wrong_r | ranks, wrong_alpha | alphas  # the first pattern that matches counts, so whole paths come first
 
 
-def _by_pattern(patterns: dict[str, Any], path: str, otherwise: float) -> float:
+def by_pattern(patterns: dict[str, Any], path: str, otherwise: float) -> float:
+    """The value of the first pattern that means `path`, as PEFT reads them."""
     return next((value for key, value in patterns.items() if re.fullmatch(rf"(.*\.)?({key})", path)), otherwise)
 
 
@@ -183,7 +184,7 @@ def read(path: Path, context: Context) -> Adapter:
         tensors, metadata = read_safetensors(tensor_file)
     except FileError as error:
         raise AdapterFileError(str(error)) from error
-    config = _read_config(values, folder / CONFIG_FILE)
+    config = read_config(values, folder / CONFIG_FILE)
     base, extra = read_our_metadata(metadata.get("lorakit"), tensor_file)
     if base is None and values.get("base_model_name_or_path"):
         base = BaseInfo(name=values["base_model_name_or_path"], architecture="", dtype="", structure="", samples=())
@@ -221,7 +222,12 @@ def _what_is_there(folder: Path) -> str:
     return f"; adapters are in its folders {', '.join(inside)}" if inside else ""
 
 
-def _read_config(values: Any, where: Path) -> LoRAConfig:
+def read_config(values: Any, where: Path | str) -> LoRAConfig:
+    """PEFT's settings as ours.
+
+    Raises:
+        AdapterFileError: begins with `where`; lists every setting that would change the function and is not supported.
+    """
     if not isinstance(values, dict):
         raise AdapterFileError(f"{where}: expected an object, found {type(values).__name__}")
     problems = []
@@ -290,12 +296,12 @@ def _sort_tensors(
         A, B = pair["A"], pair["B"]
         if kinds[path] == "convolution":
             A = _grouped(A, B)
-        expected = int(_by_pattern(config.rank_pattern, path, config.r))
+        expected = int(by_pattern(config.rank_pattern, path, config.r))
         if A.shape[0] != expected:
             problems.append(
                 f"{path}: rank {A.shape[0]} in the tensors, {expected} in the config, so its scale is unknown"
             )
-        factors[path] = Factors(A=A, B=B, alpha=_by_pattern(config.alpha_pattern, path, config.alpha), kind=kinds[path])
+        factors[path] = Factors(A=A, B=B, alpha=by_pattern(config.alpha_pattern, path, config.alpha), kind=kinds[path])
     if problems:
         raise AdapterFileError(f"{where}: nothing loaded:\n{bullet_list(problems)}")
     return Adapter(config=config, factors=factors, biases=biases, replaced=replaced, base=base, metadata=metadata)

@@ -46,9 +46,7 @@ def test_combine_writes_what_the_function_makes_with_its_tokenizer(adapter, othe
 
 
 def test_combine_takes_the_options_of_a_method(adapter, other, tmp_path):
-    flags = ["--method", "dare-ties", "--rank", "2"]
-    assert run("combine", adapter, other, *flags, "--output", tmp_path / "x").exit_code == 2  # a name, not a flag
-    flags = ["--method", "dare_ties", "--rank", "2", "--density", "0.7", "--seed", "5"]
+    flags = ["--method", "dare-ties", "--rank", "2", "--density", "0.7", "--seed", "5"]
     result = run("combine", adapter, other, *flags, "--output", tmp_path / "out", "--json")
     assert told(result)["relative_error"] > 0
     assert "of the update lost" in result.stderr
@@ -60,6 +58,8 @@ def test_combine_refuses_before_it_writes(adapter, other, tmp_path):
     result = run("combine", adapter, other, "--weights", "1,x", "--output", tmp_path / "out")
     assert result.exit_code == 2
     assert "numbers with commas" in result.stderr
+    result = run("combine", adapter, other, "--method", "tise", "--output", tmp_path / "out")
+    assert "did you mean ties" in result.stderr
     result = run("combine", adapter, other, "--weights", "1", "--output", tmp_path / "out")
     assert "2 adapters and 1 weights" in result.stderr
     assert not (tmp_path / "out").exists()

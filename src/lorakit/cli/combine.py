@@ -44,6 +44,7 @@ def command(
 
     refuse_taken(output)
     files = tokenizer_of(adapters, tokenizer)
+    method = method.replace("-", "_")
     shares = _numbers(weights) if weights is not None else [1.0] * len(adapters)
     result = combine_with_report(adapters, shares, method, Options(**options), check_base=check_base)
     write_adapter(result.adapter, output, files)

@@ -172,7 +172,7 @@ def test_lint_reads_the_settings_of_a_run(pipeline, tmp_path):
 @pytest.mark.parametrize("target", CODECS)
 def test_lint_says_what_exporting_would(target, base, adapter):
     result, told = run("export", "--lint", "--to", target, "--adapter", adapter)
-    context = lorakit.formats.Context(base=lorakit.formats.BaseFacts.of(load_skeleton(base)))
+    context = lorakit.formats.Context(base=lorakit.formats.BaseFacts.of(load_skeleton(base)), base_reference=base)
     expected = obstacles(Adapter.load(adapter), target, context)
     assert sorted(told["obstacles"]) == sorted(expected)
     assert result.exit_code == (2 if expected else 0)

@@ -32,6 +32,11 @@ class _Planned(Config):
     help="The base (its config is read, no weights); without it, the one the adapter names.",
 )
 @click.option(
+    "--base-reference",
+    metavar="NAME",
+    help="What the target calls the base: Ollama's FROM, vllm serve's model; without it, its file or folder.",
+)
+@click.option(
     "--lint", is_flag=True, help="Write nothing; tell what the target cannot carry, of --adapter or of settings."
 )
 @config_options(_Planned)
@@ -41,6 +46,7 @@ def command(
     output: str | None,
     source_format: str | None,
     model: str | None,
+    base_reference: str | None,
     lint: bool,
     config: _Planned,
     as_json: bool,
@@ -61,7 +67,7 @@ def command(
     if lint:
         if adapter is None and model is None:
             raise ConfigError("--lint needs --adapter, or --model with the settings of the adapter to be trained")
-        problems = _obstacles(adapter, source_format, to, model, config.lora, alpha)
+        problems = _obstacles(adapter, source_format, to, model, base_reference, config.lora, alpha)
         for problem in problems:
             console.print(f"  - {problem}")
         console.print(
@@ -74,22 +80,29 @@ def command(
     if adapter is None or output is None:
         missing = [flag for flag, value in (("--adapter", adapter), ("--output", output)) if value is None]
         raise ConfigError(f"export needs {' and '.join(missing)}; to check settings before training, add --lint")
-    emit(transcribe(adapter, source_format, to, output, context_of(model, alpha)), as_json)
+    emit(transcribe(adapter, source_format, to, output, context_of(model, alpha, base_reference)), as_json)
 
 
 def _obstacles(
-    adapter: str | None, source_format: str | None, to: str, model: str | None, planned: LoRAConfig, alpha: float | None
+    adapter: str | None,
+    source_format: str | None,
+    to: str,
+    model: str | None,
+    reference: str | None,
+    planned: LoRAConfig,
+    alpha: float | None,
 ) -> list[str]:
     from lorakit.adapter.blank import blank_adapter
-    from lorakit.cli.files import context_for_writing, context_of
+    from lorakit.cli.files import context_for_writing, context_of, reference_of
     from lorakit.formats import BaseFacts, Context, codec, load_adapter
     from lorakit.models import load_skeleton
 
     target = codec(to)
     if adapter is not None:
-        context = context_of(model, alpha)
+        context = context_of(model, alpha, reference)
         value = load_adapter(adapter, format=source_format, context=context)
         return target.obstacles(value, context_for_writing(value, context))
     assert model is not None
     skeleton = load_skeleton(model)
-    return target.obstacles(blank_adapter(skeleton, planned), Context(base=BaseFacts.of(skeleton)))
+    context = Context(base=BaseFacts.of(skeleton), base_reference=reference or reference_of(model))
+    return target.obstacles(blank_adapter(skeleton, planned), context)

@@ -13,12 +13,29 @@ if TYPE_CHECKING:
     from lorakit.formats import Context
 
 
-def context_of(model: str | None, alpha: float | None) -> Context:
-    """What is known besides the file: the base's layers, from its config alone, and alpha."""
+def context_of(model: str | None, alpha: float | None, reference: str | None = None) -> Context:
+    """What is known besides the file: the base's layers, from its config alone, alpha, and what the target calls the
+    base.
+    """
     from lorakit.formats import BaseFacts, Context
     from lorakit.models import load_skeleton
 
-    return Context(base=None if model is None else BaseFacts.of(load_skeleton(model)), alpha=alpha)
+    if model is None:
+        return Context(alpha=alpha, base_reference=reference)
+    return Context(
+        base=BaseFacts.of(load_skeleton(model)), alpha=alpha, base_reference=reference or reference_of(model)
+    )
+
+
+def reference_of(model: str) -> str | None:
+    """How other tools on this machine find the base: by its file or folder, if it is one."""
+    from lorakit.models import resolve
+
+    try:
+        source = resolve(model)
+    except ModelError:  # a diffusion pipeline, which none of these tools takes
+        return None
+    return None if source.kind == "hub" else source.location
 
 
 def context_for_writing(value: Adapter, context: Context) -> Context:
@@ -29,7 +46,7 @@ def context_for_writing(value: Adapter, context: Context) -> Context:
     if context.base is not None or name is None:
         return context
     try:
-        found = context_of(name, context.alpha)
+        found = context_of(name, context.alpha, context.base_reference)
     except (ModelError, MissingDependencyError) as error:
         console.print(f"base   {name}, named by the adapter, is not at hand ({error}); --model names another place")
         return context

@@ -51,7 +51,10 @@ def write(adapter: Adapter, folder: Path, context: Context) -> Path:
 def serve_command(adapter: Adapter, folder: Path, context: Context) -> str:
     """The command that serves the adapter in `folder` under the folder's name, beside its base."""
     known_as = (adapter.base.published or adapter.base.name) if adapter.base else None
-    base = shlex.quote(context.base_reference or known_as or "BASE_MODEL")
+    reference = context.base_reference
+    if reference is None or (reference.endswith(".gguf") and known_as):  # vLLM takes no adapters on a GGUF file
+        reference = known_as or "BASE_MODEL"
+    base = shlex.quote(reference)
     rank = next(limit for limit in MAX_RANKS if limit >= max(f.r for f in adapter.factors.values()))
     folder = folder.absolute()
     module = shlex.quote(f"{folder.name}={folder}")

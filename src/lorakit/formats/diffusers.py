@@ -25,7 +25,15 @@ from lorakit.core import lowrank
 from lorakit.errors import AdapterFileError, FileError, bullet_list
 from lorakit.files import parse_json, write_safetensors
 from lorakit.formats import cloneofsimo, pipeline
-from lorakit.formats.assembly import adapter_of, factors_of, fitted, header_names, read_tensors, tensor_file
+from lorakit.formats.assembly import (
+    adapter_of,
+    factors_of,
+    fitted,
+    header_names,
+    header_of,
+    read_tensors,
+    tensor_file,
+)
 from lorakit.formats.codec import Context
 from lorakit.formats.lycoris import scale
 from lorakit.formats.peft import by_pattern, read_config
@@ -80,11 +88,7 @@ def write(adapter: Adapter, path: Path, context: Context) -> Path:
         tensors |= {f"{name}.lora_A.weight": f.A, f"{name}.lora_B.weight": f.B}
         ranks.setdefault(name.component, {})[name.path] = f.r
     settings = {f"{c}.{key}": value for c, each in ranks.items() for key, value in _settings(each).items()}
-    header = {
-        **{key: value for key, value in adapter.metadata.items() if key not in ("format", _SETTINGS)},
-        "format": "pt",
-        _SETTINGS: json.dumps(settings, sort_keys=True),
-    }
+    header = header_of(adapter) | {_SETTINGS: json.dumps(settings, sort_keys=True)}
     write_safetensors(tensor_file(path), tensors, header)
     return tensor_file(path)
 
@@ -154,10 +158,8 @@ def read(path: Path, context: Context) -> Adapter:
     problems += pipeline.no_such_layers(absent, map(str, layers.paths) if layers is not None else ())
     if problems:
         raise AdapterFileError(f"{file}: nothing loaded:\n{bullet_list(problems)}")
-    shapes = layers.shapes if layers is not None else {}
-    in_order = {layer: factors[layer] for layer in shapes or factors if layer in factors}
-    kept = {key: value for key, value in metadata.items() if key not in ("format", _SETTINGS)}
-    return adapter_of(in_order, shapes, kept)
+    in_order = {layer: factors[layer] for layer in (layers.shapes if layers else factors) if layer in factors}
+    return adapter_of(in_order, layers.shapes if layers else None, metadata, file)
 
 
 def _meaning(name: str) -> tuple[str, str] | None:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 from lorakit.adapter.value import Adapter
 from lorakit.errors import nearest
-from lorakit.formats.codec import BaseFacts
+from lorakit.formats.codec import BaseFacts, whole_tensors
 
 COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3")
 
@@ -128,6 +128,4 @@ def obstacles(adapter: Adapter, base: BaseFacts | None) -> list[str]:
             problems.append(f"{path}: the update of an embedding")
         elif f.B.ndim > 1 and f.B.shape[1] != f.r:
             problems.append(f"{path}: the update of a grouped convolution")
-    problems += [f"{path}.bias: a trained bias" for path in adapter.biases]
-    problems += [f"{name}: trained whole (modules_to_save)" for name in adapter.replaced]
-    return problems
+    return problems + whole_tensors(adapter, "a tool for diffusion models")

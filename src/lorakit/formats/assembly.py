@@ -4,6 +4,7 @@ of what was found. Knows no names of tensors.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from lorakit.formats.codec import config_of, our_metadata, read_our_metadata
 
 # entries of a header: ours; and such as no longer hold once the tensors are written anew
 _OURS = "lorakit"
-_STALE = ("format", _OURS, "lora_adapter_metadata", "ss_network_", "sshs_")
+_STALE = re.compile(rf"format|{_OURS}|lora_adapter_metadata|(ss_network_|sshs_).*")
 
 WEIGHTS_NAME = "pytorch_lora_weights.safetensors"  # what pipelines look for in a folder
 
@@ -95,7 +96,7 @@ def adapter_of(
     if not factors:
         raise AdapterFileError(f"{file}: holds no update")
     base, _ = read_our_metadata(header.get(_OURS), file)
-    kept = {key: value for key, value in header.items() if not key.startswith(_STALE)}
+    kept = {key: value for key, value in header.items() if not _STALE.fullmatch(key)}
     return Adapter(config=config_of(factors, modules=modules), factors=dict(factors), base=base, metadata=kept)
 
 
@@ -104,7 +105,7 @@ def header_of(adapter: Adapter) -> dict[str, str]:
 
     Not the base's fingerprint: an adapter of some components fits every pipeline that has them.
     """
-    header = {**{key: text for key, text in adapter.metadata.items() if not key.startswith(_STALE)}, "format": "pt"}
+    header = {**{key: text for key, text in adapter.metadata.items() if not _STALE.fullmatch(key)}, "format": "pt"}
     if adapter.base is not None and adapter.base.name is not None:
         named = replace(adapter.base, architecture="", dtype="", structure="", samples=())
         header[_OURS] = our_metadata(replace(adapter, base=named, metadata={}))

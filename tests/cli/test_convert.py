@@ -7,6 +7,7 @@ import torch
 from click.testing import CliRunner
 
 import lorakit
+from adapter.models import CASES
 from formats.diffusion import TEXT_LAYERS, components, trained, unet
 from lorakit import Adapter, LoRAConfig
 from lorakit.adapter.blank import blank_adapter
@@ -64,6 +65,13 @@ def test_skeletons_have_every_layer_and_no_weight(pipeline, base):
         expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
         assert {name: tuple(parameter.shape) for name, parameter in skeleton.named_parameters()} == expected
         assert {parameter.device.type for parameter in skeleton.parameters()} == {"meta"}
+
+
+def test_a_model_that_is_no_language_model_has_a_skeleton_too(tmp_path):
+    model = CASES["vit"].build()
+    model.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    assert [name for name, _ in load_skeleton(tmp_path).named_parameters()] == [n for n, _ in model.named_parameters()]
 
 
 def test_a_blank_adapter_is_what_attaching_would_make(llama):

@@ -21,7 +21,7 @@ from lorakit.errors import AdapterError
 
 class AdaptedModule(nn.Module):
     """What adapted layers and replaced modules share. Never instantiated: a module is given a subclass of this as its
-    class.
+    class. `AdaptedAttention` and `AdaptedExperts` have files of their own.
 
     Attributes:
         lorakit_updates: slot -> what that adapter changes here.
@@ -30,6 +30,7 @@ class AdaptedModule(nn.Module):
 
     lorakit_updates: nn.ModuleDict
     lorakit_state: ActiveState
+    lorakit_verb = "Adapted"  # begins the name of the class made of this one
 
     def active_updates(self, selection: Selection) -> list[tuple[nn.Module, float]]:
         """What of a selection is here: (update, weight) in the order of activation."""
@@ -111,6 +112,8 @@ class AdaptedLayer(AdaptedModule):
 class ReplacedModule(AdaptedModule):
     """A module of which adapters hold whole trained copies (`modules_to_save`)."""
 
+    lorakit_verb = "Replaced"
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The base, or the module with the parameters that the active copies make; on a route, each row by its own."""
         selection = self.lorakit_state.current()
@@ -184,7 +187,7 @@ def base_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
 
 
 _CHANNELS_FIRST = (nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm, nn.GroupNorm)
-_LAST_DIM = (nn.Linear, nn.LayerNorm)
+_LAST_DIM = (nn.Linear, nn.LayerNorm, nn.MultiheadAttention)
 
 
 def bias_dim(layer: nn.Module, site: Site | None) -> int | None:
@@ -196,13 +199,18 @@ def bias_dim(layer: nn.Module, site: Site | None) -> int | None:
     return -1 if isinstance(layer, _LAST_DIM) else None
 
 
+def bias_name(layer: nn.Module) -> str:
+    """What the layer calls its bias."""
+    return "in_proj_bias" if isinstance(layer, nn.MultiheadAttention) else "bias"
+
+
 _subclasses: dict[tuple[type, type], type[AdaptedModule]] = {}
 
 
 def _subclass(mixin: type[AdaptedModule], base: type[nn.Module]) -> type[AdaptedModule]:
     if (mixin, base) in _subclasses:
         return _subclasses[mixin, base]
-    name = f"{'Adapted' if mixin is AdaptedLayer else 'Replaced'}{base.__name__}"
+    name = f"{mixin.lorakit_verb}{base.__name__}"
     made = type(name, (mixin, base), {"__module__": base.__module__, "__doc__": base.__doc__})
     return _subclasses.setdefault((mixin, base), made)
 

@@ -4,6 +4,7 @@ formats.
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -38,9 +39,20 @@ class Case:
     some_layer: str
     parameters: tuple[str, ...] = ()
 
+    @property
+    def what(self) -> dict[str, object]:
+        """Settings of a LoRAConfig."""
+        return {"target_modules": self.targets, "target_parameters": self.parameters}
+
     def build(self, dtype: torch.dtype = torch.float32) -> nn.Module:
         torch.manual_seed(0)
-        return self.make().to(dtype).eval()
+        model = self.make().to(dtype).eval()
+        if dtype == torch.bfloat16:  # rounding decides which expert is a token's last: here all are chosen
+            for router in [
+                module for module in model.modules() if hasattr(module, "top_k") and hasattr(module, "num_experts")
+            ]:
+                router.top_k = router.num_experts
+        return model
 
     def run(self, model: nn.Module) -> torch.Tensor:
         torch.manual_seed(1)
@@ -108,7 +120,7 @@ class Attention(nn.Module):
         self.out = nn.Linear(12, 5)
         with torch.no_grad():
             for parameter in self.parameters():
-                parameter.normal_(0, 0.4)
+                parameter.normal_(0, 0.2)
 
     def forward(self, x: torch.Tensor, other: torch.Tensor, padding: torch.Tensor) -> torch.Tensor:
         turn = (lambda t: t) if self.first.batch_first else (lambda t: t.transpose(0, 1))
@@ -157,13 +169,21 @@ EXPERTS = ("experts.gate_up_proj", "experts.down_proj")
 
 
 def mixtral(**changes: object) -> MixtralForCausalLM:
-    settings = {**DECODER_SIZES, "num_local_experts": 4, "num_experts_per_tok": 2, "initializer_range": 0.2}
+    settings = {
+        **DECODER_SIZES,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "initializer_range": 0.05,
+        "experts_implementation": "eager",
+    }
     return MixtralForCausalLM(MixtralConfig(**settings | changes))
 
 
 def qwen3_moe(**changes: object) -> Qwen3MoeForCausalLM:
     settings = {**DECODER_SIZES, "head_dim": 8, "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
-    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**settings | {"initializer_range": 0.2} | changes))
+    return Qwen3MoeForCausalLM(
+        Qwen3MoeConfig(**settings | {"initializer_range": 0.05, "experts_implementation": "eager"} | changes)
+    )
 
 
 CASES = {
@@ -179,7 +199,9 @@ CASES = {
         "encoder.layers.1.linear2",
     ),
     "attention": Case(lambda: Attention(True), _attention_inputs, "all-linear", "first"),
-    "attention, sequence first": Case(lambda: Attention(False), _attention_inputs, ("first", "cross"), "cross.out_proj"),
+    "attention, sequence first": Case(
+        lambda: Attention(False), _attention_inputs, ("first", "cross"), "cross.out_proj"
+    ),
     "mixtral": Case(mixtral, _ids, "all-linear", "model.layers.1.self_attn.q_proj", EXPERTS),
     "qwen3 moe": Case(qwen3_moe, _ids, (), "model.layers.1.mlp.experts", ("gate_up_proj", "down_proj")),
     "llama": Case(llama, _ids, "all-linear", "model.layers.1.mlp.up_proj"),
@@ -195,9 +217,21 @@ CASES = {
 }
 
 
+def weight_at(model: nn.Module, path: str) -> tuple[nn.Parameter, bool]:
+    """The weight that a path of an adapter names, and whether it lies (in, out)."""
+    parent, _, name = path.rpartition(".")
+    if isinstance(getattr(model.get_submodule(parent), name), nn.Parameter):
+        experts = model.get_submodule(parent)
+        return experts.get_parameter(name), experts.is_transposed
+    layer = model.get_submodule(path)
+    if isinstance(layer, nn.MultiheadAttention):
+        return layer.in_proj_weight, False
+    return layer.get_parameter("weight"), type(layer).__name__.endswith("Conv1D")
+
+
 def randomise(handle: AttachedAdapters, name: str = "default", size: float = 0.2) -> None:
     """Give an adapter's tensors random values, so that its update is not zero."""
-    generator = torch.Generator().manual_seed(hash(name) % 1000)
+    generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
     with torch.no_grad():
         for parameter in handle.trainable_tensors(name).values():
             parameter.add_(torch.empty(parameter.shape).normal_(0, size, generator=generator).to(parameter))

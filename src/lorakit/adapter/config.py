@@ -55,7 +55,7 @@ class LoRAConfig(Config):
     target_modules: str | tuple[str, ...] = "all-linear"
     """"all-linear" (every matrix-multiplying layer but the output head; not the stacked weights of experts), a list of
     names matched against the end of module paths ("q_proj", "self_attn.q_proj"), or one string: a regular expression
-    that must match whole paths. A MultiheadAttention means both its projections; exclude "out_proj" to leave one out."""
+    that must match whole paths. A MultiheadAttention means both its projections; `exclude_modules` takes one out."""
 
     target_parameters: Annotated[tuple[str, ...], _NONE_IS_EMPTY] = ()
     """Stacked weights of experts (3-D parameters, one matrix an expert): names matched against the end of parameter

@@ -133,9 +133,7 @@ def _updates(path: str, module: AdaptedModule, selection: Selection) -> Iterator
             yield from _layer_updates(full, module, experts_site(module, name), updates)
         return
     if isinstance(module, AdaptedLayer | AdaptedAttention):
-        yield from _layer_updates(
-            full, module, module.lorakit_site, cast("list[tuple[LayerUpdate, float]]", active)
-        )
+        yield from _layer_updates(full, module, module.lorakit_site, cast("list[tuple[LayerUpdate, float]]", active))
         return
     copies = [
         (dict(replacement.copy.named_parameters()), weight)

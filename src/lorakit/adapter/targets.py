@@ -89,7 +89,10 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> Targets:
         if site is None or (is_output_projection(module) and not is_attention(candidates[path.rpartition(".")[0]])):
             problems.append(f"{path}: {_why_not(module)}")
             continue
-        layers.append(Target(path, module, site, int(ranks.get(path, config.r)), alphas.get(path, config.alpha)))
+        # a pattern for an attention means both its projections, as it does to PEFT
+        known = path if path in ranks or site.kind != "attention" else path.removesuffix(".out_proj")
+        also = path if path in alphas or site.kind != "attention" else path.removesuffix(".out_proj")
+        layers.append(Target(path, module, site, int(ranks.get(known, config.r)), alphas.get(also, config.alpha)))
     problems += _unequal_attention(layers)
     biases = _biases(candidates, chosen, config.bias, problems)
     if problems:

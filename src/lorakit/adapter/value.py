@@ -15,7 +15,6 @@ from lorakit.adapter.config import LoRAConfig
 from lorakit.core import lowrank
 from lorakit.errors import AdapterError, bullet_list, nearest
 
-
 Kind = Literal["matrix", "embedding", "convolution", "attention", "experts"]
 
 

@@ -114,7 +114,7 @@ class AdaptedAttention(AdaptedModule):
             out = slice(first * d, last * d)
             bias = None if own.in_proj_bias is None else own.in_proj_bias[out]
             y = self._updated(selection, x, F.linear(x, own.in_proj_weight[out], bias), out)
-            return y.unflatten(-1, (last - first, d)).movedim(-2, 0).contiguous()
+            return y.view(*y.shape[:-1], last - first, d).movedim(-2, 0).contiguous()
 
         if key is not value:
             return project(query, 0, 1)[0], project(key, 1, 2)[0], project(value, 2, 3)[0]
@@ -125,7 +125,7 @@ class AdaptedAttention(AdaptedModule):
         return q, k, v
 
     def _updated(self, selection: Selection | Route, x: torch.Tensor, y: torch.Tensor, out: slice) -> torch.Tensor:
-        """`y`, what the base makes of `x` (L, N, in), plus what the adapters add to features `out` of the projection."""
+        """`y`, what the base makes of `x` (L, N, in), plus what adapters add to features `out` of the projection."""
         if not isinstance(selection, Route):
             for update, weight in cast("list[tuple[LayerUpdate, float]]", self.active_updates(selection)):
                 for change in self._changes(update, x, y, out):
@@ -143,7 +143,8 @@ class AdaptedAttention(AdaptedModule):
     def _changes(self, update: LayerUpdate, x: torch.Tensor, y: torch.Tensor, out: slice) -> list[torch.Tensor]:
         changes = []
         if update.lora is not None and self.lorakit_site is not None:
-            changes.append(update.lora(self.lorakit_site, self, x, y.dtype, out))
+            flat = x.flatten(0, 1)  # of a transposed tensor, torch's bits would depend on who requires a gradient
+            changes.append(update.lora(self.lorakit_site, self, flat, y.dtype, out).view(*x.shape[:2], -1))
         if update.bias is not None:
             own: torch.Tensor = self.get_parameter("in_proj_bias")
             changes.append((update.bias - own.float())[out].to(y.dtype).expand(1, 1, -1))

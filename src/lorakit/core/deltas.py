@@ -68,7 +68,11 @@ class LoRA(nn.Module):
 
     def fused_forward(self, site: Site, layer: nn.Module, x: torch.Tensor, weight: float) -> torch.Tensor | None:
         """Base and update together for a frozen dense Linear without dropout; None where that does not apply."""
-        if not isinstance(site, LinearSite) or isinstance(site, TransposedLinearSite) or not self.can_fuse(x, layer.weight):
+        if (
+            not isinstance(site, LinearSite)
+            or isinstance(site, TransposedLinearSite)
+            or not self.can_fuse(x, layer.weight)
+        ):
             return None
         return kernels.lora_linear(x, layer.weight, layer.bias, self.A, self.B, self.s * weight)  # type: ignore[arg-type]
 

@@ -5,10 +5,10 @@ is active.
 An adapter names each weight by a path. Most layers have one weight, called `weight`, and the layer's path names it. Two
 kinds of module multiply by several:
 
-- `nn.MultiheadAttention` at `attn`: `attn` is its packed input projection (one matrix, as PEFT has it), and `attn.out_proj`
+- `nn.MultiheadAttention` at `attn`: `attn` is its packed input projection (one matrix, as PEFT has it), `attn.out_proj`
   its output projection, a child module with a path of its own, which however is not called: `attn` reads its weight.
 - stacked experts at `experts`: each stack is a parameter, so its own full name is its path, `experts.gate_up_proj`. No
-  module can have that path, so the two kinds of path never collide, and a configuration names them in a list of its own.
+  module can have that path, so the two kinds never collide, and a configuration names them in a list of its own.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ class TransposedLinearSite(LinearSite):
 
 
 class AttentionInputSite(LinearSite):
-    """`nn.MultiheadAttention`'s packed input projection: queries, keys and values are thirds of x W^T with W (3 d, d)."""
+    """`nn.MultiheadAttention`'s packed input projection: queries, keys, values are thirds of x W^T with W (3 d, d)."""
 
     kind = "attention"
     weight_name = "in_proj_weight"

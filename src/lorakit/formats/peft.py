@@ -1,8 +1,9 @@
 """PEFT's adapter folder: `adapter_config.json` and `adapter_model.safetensors`.
 
 Tensor names are `base_model.model.<path>.` and then: `lora_A.weight`, `lora_B.weight`; `lora_embedding_A`,
-`lora_embedding_B`; `base_layer.bias` or `bias` for trained biases; the module's own names for `modules_to_save`. What
-this version does not know is refused by name: a setting that is ignored may be the one that scales the update.
+`lora_embedding_B`; `base_layer.bias` or `bias` for trained biases; the module's own names for `modules_to_save`. Those
+of attentions and experts: `peft_nested`. What this version does not know is refused by name: a setting that is ignored
+may be the one that scales the update.
 """
 
 from __future__ import annotations
@@ -11,12 +12,12 @@ import json
 import re
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, NamedTuple
 
 import torch
 
 from lorakit.adapter.config import LoRAConfig
-from lorakit.adapter.value import Adapter, BaseInfo, Factors
+from lorakit.adapter.value import Adapter, BaseInfo, Factors, Kind
 from lorakit.errors import AdapterFileError, ConfigError, FileError, bullet_list
 from lorakit.files import (
     parse_json,
@@ -26,6 +27,7 @@ from lorakit.files import (
     write_json,
     write_safetensors,
 )
+from lorakit.formats import peft_nested
 from lorakit.formats.codec import Context
 from lorakit.version import __version__
 
@@ -51,7 +53,7 @@ _NEUTRAL = {
 # ... and what this codec reads. Any other key must hold a value that switches its feature off.
 _READ = {
     *("r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "rank_pattern", "alpha_pattern", "bias"),
-    *("modules_to_save", "layers_to_transform", "use_rslora", "init_lora_weights"),
+    *("modules_to_save", "layers_to_transform", "use_rslora", "init_lora_weights", "target_parameters"),
 }
 _OFF: tuple[Any, ...] = (None, False, {}, [], "")
 # initialisations that left the base as it was, so that the adapter means the same on it
@@ -83,8 +85,14 @@ def recognises(path: Path) -> bool:
 
 
 def obstacles(adapter: Adapter, context: Context) -> list[str]:
-    """None: the format carries all that an adapter can hold."""
-    return []
+    """The format carries all that an adapter can hold, but one rank and alpha for both projections of an attention."""
+    return [
+        f"{path}: rank {f.r}, alpha {f.alpha:g}, but its attention has rank {own.r}, alpha {own.alpha:g}; PEFT has one "
+        "for both"
+        for path, f in adapter.factors.items()
+        if (own := adapter.factors.get(peft_nested.attention_of(path, f.kind), f)) is not f
+        and (own.r, own.alpha) != (f.r, f.alpha)
+    ]
 
 
 def write(adapter: Adapter, folder: Path, context: Context) -> Path:
@@ -98,13 +106,15 @@ def write(adapter: Adapter, folder: Path, context: Context) -> Path:
 
 def _named_tensors(adapter: Adapter) -> dict[str, torch.Tensor]:
     tensors: dict[str, torch.Tensor] = {}
+    names = peft_nested.names(adapter.factors)
     for path, f in adapter.factors.items():
         if f.kind == "embedding":
             tensors |= {f"{path}.lora_embedding_A": f.A, f"{path}.lora_embedding_B": f.B}
         else:
-            tensors |= {f"{path}.lora_A.weight": _ungrouped(f), f"{path}.lora_B.weight": f.B}
+            A, B = peft_nested.flat(f) if f.kind == "experts" else (_ungrouped(f), f.B)
+            tensors |= {f"{names[path]}.lora_A.weight": A, f"{names[path]}.lora_B.weight": B}
     for path, bias in adapter.biases.items():
-        tensors[f"{path}.base_layer.bias" if path in adapter.factors else f"{path}.bias"] = bias
+        tensors[peft_nested.bias_name(path, adapter.factors)] = bias
     return {_PREFIX + name: tensor for name, tensor in (tensors | dict(adapter.replaced)).items()}
 
 
@@ -130,23 +140,21 @@ def _config_for_peft(adapter: Adapter) -> dict[str, Any]:
         "auto_mapping": None,
         "base_model_name_or_path": (base.published or base.name) if base else None,
         "bias": config.bias,
-        "exclude_modules": config.to_dict()["exclude_modules"],
         "fan_in_fan_out": architecture.startswith("GPT2"),
         "inference_mode": True,
         "init_lora_weights": True if config.init == "default" else config.init,
-        "layers_to_transform": config.to_dict()["layers"],
         "lora_alpha": int(config.alpha) if config.alpha == int(config.alpha) else config.alpha,
-        "lora_dropout": config.dropout,
+        "lora_dropout": 0.0 if config.target_parameters else config.dropout,  # else PEFT refuses them
         "modules_to_save": list(config.modules_to_save) or None,
         "peft_type": "LORA",
         "r": config.r,
         "rank_pattern": ranks,
         "alpha_pattern": alphas,
         "revision": None,
-        "target_modules": config.to_dict()["target_modules"],
         "task_type": next((task for end, task in _TASK_TYPES.items() if architecture.endswith(end)), None),
         "use_dora": False,
         "use_rslora": config.scaling == "rslora",
+        **peft_nested.targets(adapter),
     }
 
 
@@ -156,10 +164,9 @@ def _patterns(adapter: Adapter) -> tuple[dict[str, int], dict[str, float]]:
     """
     config = adapter.config
     ranks, alphas = dict(config.rank_pattern), dict(config.alpha_pattern)
-    wrong_r = {re.escape(p): f.r for p, f in adapter.factors.items() if _by_pattern(ranks, p, config.r) != f.r}
-    wrong_alpha = {
-        re.escape(p): f.alpha for p, f in adapter.factors.items() if _by_pattern(alphas, p, config.alpha) != f.alpha
-    }
+    factors = {peft_nested.attention_of(path, f.kind): f for path, f in adapter.factors.items()}
+    wrong_r = {re.escape(p): f.r for p, f in factors.items() if _by_pattern(ranks, p, config.r) != f.r}
+    wrong_alpha = {re.escape(p): f.alpha for p, f in factors.items() if _by_pattern(alphas, p, config.alpha) != f.alpha}
     return wrong_r | ranks, wrong_alpha | alphas  # the first pattern that matches counts, so whole paths come first
 
 
@@ -168,8 +175,19 @@ def _by_pattern(patterns: dict[str, Any], path: str, otherwise: float) -> float:
 
 
 def _our_metadata(adapter: Adapter) -> str:
+    """What PEFT's config has no place for."""
     base = asdict(adapter.base) if adapter.base else None
-    return json.dumps({"version": __version__, "base": base, "metadata": dict(adapter.metadata)}, sort_keys=True)
+    ours: dict[str, Any] = {"version": __version__, "base": base, "metadata": dict(adapter.metadata)}
+    written, config = _config_for_peft(adapter), adapter.config.to_dict()
+    own = {"target_modules": config["target_modules"], "exclude_modules": config["exclude_modules"]}
+    own |= {"layers_to_transform": config["layers"], "target_parameters": config["target_parameters"] or None}
+    own |= {"lora_dropout": config["dropout"]}
+    changed = {key: [written[key], value] for key, value in own.items() if written[key] != value}
+    if changed:
+        ours["config"] = changed  # PEFT's value, ours
+    if attentions := peft_nested.input_only(adapter):
+        ours["attentions"] = attentions
+    return json.dumps(ours, sort_keys=True)
 
 
 # ---------------------------------------------------------------- reading
@@ -194,11 +212,14 @@ def read(path: Path, context: Context) -> Adapter:
         tensors, metadata = read_safetensors(tensor_file)
     except FileError as error:
         raise AdapterFileError(str(error)) from error
+    ours = _read_our_metadata(metadata, tensor_file)
+    if isinstance(values, dict):  # where somebody has changed a setting, it counts
+        values |= {key: own for key, (there, own) in ours.config.items() if values.get(key) == there}
     config = _read_config(values, folder / CONFIG_FILE)
-    base, extra = _read_our_metadata(metadata, tensor_file)
+    base = ours.base
     if base is None and values.get("base_model_name_or_path"):
         base = BaseInfo(name=values["base_model_name_or_path"], architecture="", dtype="", structure="", samples=())
-    return _sort_tensors(tensors, config, tensor_file, base, extra)
+    return _sort_tensors(tensors, config, tensor_file, ours._replace(base=base))
 
 
 def base_name(folder: Path) -> str | None:
@@ -214,7 +235,7 @@ def base_name(folder: Path) -> str | None:
     values, tensor_file = read_json(folder / CONFIG_FILE), folder / TENSOR_FILE
     named = values.get("base_model_name_or_path") if isinstance(values, dict) else None
     if named and tensor_file.is_file():
-        ours, _ = _read_our_metadata(read_safetensors_header(tensor_file)[1], tensor_file)
+        ours = _read_our_metadata(read_safetensors_header(tensor_file)[1], tensor_file).base
         if ours is not None and ours.published == named:
             return ours.name
     return str(named) if named else None
@@ -263,30 +284,43 @@ def _read_config(values: Any, where: Path) -> LoRAConfig:
                 init=_INIT_ON_PRISTINE_BASE[init],  # type: ignore[arg-type]
                 bias=values.get("bias", "none"),
                 modules_to_save=tuple(values.get("modules_to_save") or ()),
+                target_parameters=tuple(values.get("target_parameters") or ()),
             )
         except (ConfigError, TypeError) as error:
             problems.append(str(error))
     raise AdapterFileError(f"{where}: cannot be used:\n{bullet_list(problems)}")
 
 
-def _read_our_metadata(metadata: dict[str, str], where: Path) -> tuple[BaseInfo | None, dict[str, str]]:
+class _Ours(NamedTuple):
+    """What our metadata say, or what holds where there are none."""
+
+    base: BaseInfo | None = None
+    metadata: dict[str, str] = {}  # noqa: RUF012 - never changed
+    config: dict[str, Any] = {}  # noqa: RUF012 - never changed
+    attentions: tuple[str, ...] = ()
+
+
+def _read_our_metadata(metadata: dict[str, str], where: Path) -> _Ours:
     if "lorakit" not in metadata:
-        return None, {}
+        return _Ours()
     try:
         ours = parse_json(metadata["lorakit"], f"{where} (lorakit metadata)")
         base = ours["base"]
-        return (BaseInfo(**{**base, "samples": tuple(base["samples"])}) if base else None), dict(ours["metadata"])
-    except (FileError, KeyError, TypeError) as error:
+        return _Ours(
+            base=BaseInfo(**{**base, "samples": tuple(base["samples"])}) if base else None,
+            metadata=dict(ours["metadata"]),
+            config={key: (there, own) for key, (there, own) in ours.get("config", {}).items()},
+            attentions=tuple(ours.get("attentions", ())),
+        )
+    except (FileError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise AdapterFileError(f"{where}: its lorakit metadata is damaged: {error}") from None
 
 
-def _sort_tensors(
-    tensors: dict[str, torch.Tensor], config: LoRAConfig, where: Path, base: BaseInfo | None, metadata: dict[str, str]
-) -> Adapter:
+def _sort_tensors(tensors: dict[str, torch.Tensor], config: LoRAConfig, where: Path, ours: _Ours) -> Adapter:
     """Give every tensor its place in the value, or say that it has none."""
     problems: list[str] = []
     pairs: dict[str, dict[str, torch.Tensor]] = {}
-    kinds: dict[str, Literal["matrix", "embedding", "convolution"]] = {}
+    embeddings: set[str] = set()
     biases: dict[str, torch.Tensor] = {}
     replaced: dict[str, torch.Tensor] = {}
     saved = re.compile("|".join(rf"(?:.*\.)?{re.escape(name)}\..+" for name in config.modules_to_save) or r"(?!)")
@@ -295,32 +329,50 @@ def _sort_tensors(
         if name == key:
             problems.append(f"{key}: does not begin with {_PREFIX!r}")
         elif match := _LORA_KEY.fullmatch(name):
-            path, letter = match["path"], (match["matrix"] or match["embedding"])[-1]
-            pairs.setdefault(path, {})[letter] = tensors[key]
-            kinds[path] = "embedding" if match["embedding"] else "convolution" if tensors[key].ndim > 2 else "matrix"
+            pairs.setdefault(match["path"], {})[(match["matrix"] or match["embedding"])[-1]] = tensors[key]
+            if match["embedding"]:
+                embeddings.add(match["path"])
         elif saved.fullmatch(name):
             replaced[name] = tensors[key]
-        elif name.endswith(".bias") and config.bias != "none":
-            biases[name.removesuffix(".bias").removesuffix(".base_layer")] = tensors[key]
+        elif name.endswith("bias") and config.bias != "none":
+            biases[peft_nested.path_of_bias(name)] = tensors[key]
         else:
             problems.append(f"{key}: unexpected; no low-rank factor, and not named by bias or modules_to_save")
+    places = peft_nested.paths(pairs, config, ours.attentions, problems)
     factors = {}
-    for path, pair in pairs.items():
+    for name, pair in pairs.items():
         if len(pair) == 1:
-            problems.append(f"{path}: lora_{'B' if 'A' in pair else 'A'} is missing")
-            continue
-        A, B = pair["A"], pair["B"]
-        if kinds[path] == "convolution":
-            A = _grouped(A, B)
-        expected = int(_by_pattern(config.rank_pattern, path, config.r))
-        if A.shape[0] != expected:
-            problems.append(
-                f"{path}: rank {A.shape[0]} in the tensors, {expected} in the config, so its scale is unknown"
-            )
-        factors[path] = Factors(A=A, B=B, alpha=_by_pattern(config.alpha_pattern, path, config.alpha), kind=kinds[path])
+            problems.append(f"{name}: lora_{'B' if 'A' in pair else 'A'} is missing")
+        elif name in places:
+            path, kind = places[name]
+            kind = "embedding" if name in embeddings else "convolution" if pair["A"].ndim > 2 else kind
+            factors[path] = _factors(pair["A"], pair["B"], path, kind, config, problems)
     if problems:
         raise AdapterFileError(f"{where}: nothing loaded:\n{bullet_list(problems)}")
-    return Adapter(config=config, factors=factors, biases=biases, replaced=replaced, base=base, metadata=metadata)
+    return Adapter(
+        config=config, factors=factors, biases=biases, replaced=replaced, base=ours.base, metadata=ours.metadata
+    )
+
+
+def _factors(
+    A: torch.Tensor, B: torch.Tensor, path: str, kind: Kind, config: LoRAConfig, problems: list[str]
+) -> Factors:
+    """Factors as a value has them; where the rank is not the config's, `problems` says so."""
+    known_as = peft_nested.attention_of(path, kind)
+    expected = int(_by_pattern(config.rank_pattern, known_as, config.r))
+    alpha = _by_pattern(config.alpha_pattern, known_as, config.alpha)
+    if kind == "experts":
+        pair = peft_nested.stacked(A, B, expected)
+        if pair is None:
+            problems.append(
+                f"{path}: A {tuple(A.shape)} and B {tuple(B.shape)} are no stacks of rank {expected}, the config's"
+            )
+        return Factors(A=(pair or (A, B))[0], B=(pair or (A, B))[1], alpha=alpha, kind=kind)
+    if kind == "convolution":
+        A = _grouped(A, B)
+    if A.shape[0] != expected:
+        problems.append(f"{path}: rank {A.shape[0]} in the tensors, {expected} in the config, so its scale is unknown")
+    return Factors(A=A, B=B, alpha=alpha, kind=kind)
 
 
 def _grouped(A: torch.Tensor, B: torch.Tensor) -> torch.Tensor:

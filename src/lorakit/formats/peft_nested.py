@@ -1,0 +1,200 @@
+"""Where PEFT keeps the factors of modules that multiply by several weights, and how its config names them.
+
+PEFT wraps such a module, so names show the wrapping. A MultiheadAttention's output projection is inside the wrapper:
+`attn.base_layer.out_proj`. Experts are wrapped once a parameter, in the module's order: the last one's factors are at
+`experts`, those of the one before at `experts.base_layer`. A stack's A is (experts * r, in), one expert after the
+other; its B is (out, r * experts), of which every `experts`-th column is one expert's.
+
+PEFT adapts both projections of an attention named in `target_modules`, and knows no exclusions for
+`target_parameters`; where a config of ours says more, `targets` says the same by whole paths.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+
+from lorakit.adapter.config import LoRAConfig
+from lorakit.adapter.value import Adapter, Factors, Kind
+
+_INSIDE = ".base_layer"
+_STACKS = ("gate_up_proj", "up_proj", "down_proj")  # as modules of experts define them, which is how PEFT wraps them
+_OUT, _PACKED_BIAS = "out_proj", "in_proj_bias"
+
+
+# ---------------------------------------------------------------- attention
+
+
+def attention_of(path: str, kind: str) -> str:
+    """The path by which PEFT's patterns know a layer: that of the attention for its output projection."""
+    return path.removesuffix(f".{_OUT}") if kind == "attention" else path
+
+
+def _is_output(path: str, kind: str) -> bool:
+    return attention_of(path, kind) != path
+
+
+def input_only(adapter: Adapter) -> list[str]:
+    """Attentions of which the input projection alone is adapted: by its tensors it is a layer like others."""
+    return sorted(
+        path
+        for path, f in adapter.factors.items()
+        if f.kind == "attention" and not _is_output(path, f.kind) and f"{path}.{_OUT}" not in adapter.factors
+    )
+
+
+# ---------------------------------------------------------------- names
+
+
+def names(factors: Mapping[str, Factors]) -> dict[str, str]:
+    """The name PEFT gives to each path of a matrix, an attention's or an expert stack's factors."""
+    stacks: dict[str, list[str]] = {}
+    for path, f in factors.items():
+        if f.kind == "experts":
+            module, _, parameter = path.rpartition(".")
+            stacks.setdefault(module, []).append(parameter)
+    named = {}
+    for path, f in factors.items():
+        if f.kind == "experts":
+            module, _, parameter = path.rpartition(".")
+            wrapped_after = _in_order(stacks[module]).index(parameter)
+            named[path] = module + _INSIDE * (len(stacks[module]) - 1 - wrapped_after)
+        elif _is_output(path, f.kind):
+            named[path] = f"{attention_of(path, f.kind)}{_INSIDE}.{_OUT}"
+        else:
+            named[path] = path
+    return named
+
+
+def _in_order(parameters: Iterable[str]) -> list[str]:
+    return sorted(parameters, key=lambda name: (_STACKS.index(name) if name in _STACKS else len(_STACKS), name))
+
+
+def paths(
+    named: Iterable[str], config: LoRAConfig, attentions: Iterable[str], problems: list[str]
+) -> dict[str, tuple[str, Kind]]:
+    """Undo `names`: (path, kind) for each name; what cannot be understood is left out and told in `problems`.
+
+    Args:
+        named: every name with factors in a file.
+        config: whose `target_parameters` tell experts.
+        attentions: paths of attentions of which the file has the input projection alone.
+        problems: added to.
+    """
+    found: dict[str, tuple[str, Kind]] = {}
+    attentions, stacks = set(attentions), dict[str, dict[int, str]]()
+    for name in named:
+        module = re.sub(rf"({re.escape(_INSIDE)})+$", "", name)
+        if _parameters_of(module, config):
+            stacks.setdefault(module, {})[name.count(_INSIDE, len(module))] = name
+        elif name.endswith(f"{_INSIDE}.{_OUT}"):
+            attention = name.removesuffix(f"{_INSIDE}.{_OUT}")
+            attentions.add(attention)
+            found[name] = (f"{attention}.{_OUT}", "attention")
+        elif _INSIDE in name:
+            problems.append(f"{name}: unexpected; neither inside a MultiheadAttention nor named by target_parameters")
+        else:
+            found[name] = (name, "matrix")
+    for name in attentions & found.keys():
+        found[name] = (name, "attention")
+    for module, by_depth in stacks.items():
+        parameters = _in_order(_parameters_of(module, config))
+        unknown = [name for name in parameters if name not in _STACKS]
+        if sorted(by_depth) != list(range(len(parameters))) or (unknown and len(parameters) > 1):
+            problems.append(
+                f"{module}: cannot tell which factors belong to which of its parameters {', '.join(parameters)}"
+            )
+            continue
+        for depth, name in by_depth.items():
+            found[name] = (f"{module}.{parameters[len(parameters) - 1 - depth]}", "experts")
+    for target in config.target_parameters:
+        if not any(_ends(path, target) for path, kind in found.values() if kind == "experts") and not problems:
+            problems.append(f"target_parameters {target!r}: no tensor in the file is for such a parameter")
+    return found
+
+
+def _parameters_of(module: str, config: LoRAConfig) -> set[str]:
+    """Names of the module's parameters that `target_parameters` means."""
+    ends = {target.rpartition(".")[2] for target in config.target_parameters}
+    return {name for name in ends if any(_ends(f"{module}.{name}", target) for target in config.target_parameters)}
+
+
+def _ends(path: str, end: str) -> bool:
+    return path == end or path.endswith(f".{end}")
+
+
+def bias_name(path: str, factors: Mapping[str, Factors]) -> str:
+    """The name PEFT gives to a trained bias of the module at `path`."""
+    attentions = {attention_of(p, f.kind) for p, f in factors.items() if f.kind == "attention"}
+    if path in attentions:
+        return f"{path}{_INSIDE}.{_PACKED_BIAS}"
+    if path.endswith(f".{_OUT}") and attention_of(path, "attention") in attentions:
+        return f"{attention_of(path, 'attention')}{_INSIDE}.{_OUT}{_INSIDE}.bias"
+    return f"{path}{_INSIDE}.bias" if path in factors else f"{path}.bias"
+
+
+def path_of_bias(name: str) -> str:
+    """Undo `bias_name`."""
+    for end in (f".{_PACKED_BIAS}", ".bias"):
+        name = name.removesuffix(end)
+    return name.removesuffix(_INSIDE).replace(f"{_INSIDE}.{_OUT}", f".{_OUT}")
+
+
+# ---------------------------------------------------------------- stacks
+
+
+def flat(f: Factors) -> tuple[torch.Tensor, torch.Tensor]:
+    """A (experts, r, in), B (experts, out, r) as PEFT's (experts * r, in) and (out, r * experts)."""
+    return f.A.flatten(0, 1), f.B.permute(1, 2, 0).flatten(1)
+
+
+def stacked(A: torch.Tensor, B: torch.Tensor, r: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Undo `flat`; None where these are no factors of rank `r`."""
+    if A.ndim != 2 or B.ndim != 2 or len(A) % r or not len(A) or B.shape[1] != len(A):
+        return None
+    experts = len(A) // r
+    return A.reshape(experts, r, -1), B.reshape(len(B), r, experts).permute(2, 0, 1).contiguous()
+
+
+# ---------------------------------------------------------------- config
+
+
+def targets(adapter: Adapter) -> dict[str, Any]:
+    """target_modules, exclude_modules, layers_to_transform and target_parameters with which PEFT adapts what the
+    adapter holds: the config's own where PEFT means the same by them, else whole paths.
+    """
+    config, written = adapter.config, adapter.config.to_dict()
+    modules = {attention_of(p, f.kind) for p, f in adapter.factors.items() if f.kind != "experts"}
+    stacks = [path for path, f in adapter.factors.items() if f.kind == "experts"]
+    outputs = [path for path, f in adapter.factors.items() if _is_output(path, f.kind)]
+    in_pairs = not input_only(adapter) and all(attention_of(path, "attention") in adapter.factors for path in outputs)
+    differs = (
+        not in_pairs  # PEFT has both projections or none
+        or (outputs and config.exclude_modules is not None)
+        or (outputs and config.target_modules == "all-linear")  # which means their Linear alone, to no effect
+        or any(_named(path, config.target_modules) for path in outputs)
+        or (stacks and (config.exclude_modules is not None or config.layers is not None))
+        or (isinstance(config.target_modules, str) and config.layers is not None)  # PEFT takes layers with a list only
+    )
+    if not differs:
+        return {
+            "target_modules": written["target_modules"],
+            "exclude_modules": written["exclude_modules"],
+            "layers_to_transform": written["layers"],
+            "target_parameters": written["target_parameters"] or None,
+        }
+    return {
+        "target_modules": "|".join(map(re.escape, sorted(modules))) or [],
+        "exclude_modules": None,
+        "layers_to_transform": None,
+        "target_parameters": stacks or None,
+    }
+
+
+def _named(path: str, target_modules: str | tuple[str, ...]) -> bool:
+    if isinstance(target_modules, str):
+        return re.fullmatch(target_modules, path) is not None
+    return any(_ends(path, name) for name in target_modules)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -64,6 +64,7 @@ _INIT_ON_PRISTINE_BASE = {
     "orthogonal": "orthogonal",
     "eva": "default",
 }
+_INIT_FOR_PEFT: dict[str, bool | str] = {"default": True, "gaussian": "gaussian", "orthogonal": "orthogonal"}
 
 _TASK_TYPES = {
     "ForCausalLM": "CAUSAL_LM",
@@ -111,7 +112,7 @@ def _named_tensors(adapter: Adapter) -> dict[str, torch.Tensor]:
         if f.kind == "embedding":
             tensors |= {f"{path}.lora_embedding_A": f.A, f"{path}.lora_embedding_B": f.B}
         else:
-            A, B = peft_nested.flat(f) if f.kind == "experts" else (_ungrouped(f), f.B)
+            A, B = peft_nested.flat(f) if f.kind == "experts" else (_ungrouped(f), peft_nested.halved(path, f))
             tensors |= {f"{names[path]}.lora_A.weight": A, f"{names[path]}.lora_B.weight": B}
     for path, bias in adapter.biases.items():
         tensors[peft_nested.bias_name(path, adapter.factors)] = bias
@@ -142,9 +143,9 @@ def _config_for_peft(adapter: Adapter) -> dict[str, Any]:
         "bias": config.bias,
         "fan_in_fan_out": architecture.startswith("GPT2"),
         "inference_mode": True,
-        "init_lora_weights": True if config.init == "default" else config.init,
+        "init_lora_weights": _INIT_FOR_PEFT[config.init],
         "lora_alpha": int(config.alpha) if config.alpha == int(config.alpha) else config.alpha,
-        "lora_dropout": 0.0 if config.target_parameters else config.dropout,  # else PEFT refuses them
+        "lora_dropout": config.dropout,
         "modules_to_save": list(config.modules_to_save) or None,
         "peft_type": "LORA",
         "r": config.r,
@@ -154,7 +155,7 @@ def _config_for_peft(adapter: Adapter) -> dict[str, Any]:
         "task_type": next((task for end, task in _TASK_TYPES.items() if architecture.endswith(end)), None),
         "use_dora": False,
         "use_rslora": config.scaling == "rslora",
-        **peft_nested.targets(adapter),
+        **peft_nested.settings(adapter),
     }
 
 
@@ -165,13 +166,10 @@ def _patterns(adapter: Adapter) -> tuple[dict[str, int], dict[str, float]]:
     config = adapter.config
     ranks, alphas = dict(config.rank_pattern), dict(config.alpha_pattern)
     factors = {peft_nested.attention_of(path, f.kind): f for path, f in adapter.factors.items()}
-    wrong_r = {re.escape(p): f.r for p, f in factors.items() if _by_pattern(ranks, p, config.r) != f.r}
-    wrong_alpha = {re.escape(p): f.alpha for p, f in factors.items() if _by_pattern(alphas, p, config.alpha) != f.alpha}
+    by_pattern = peft_nested.by_pattern
+    wrong_r = {re.escape(p): f.r for p, f in factors.items() if by_pattern(ranks, p, config.r) != f.r}
+    wrong_alpha = {re.escape(p): f.alpha for p, f in factors.items() if by_pattern(alphas, p, config.alpha) != f.alpha}
     return wrong_r | ranks, wrong_alpha | alphas  # the first pattern that matches counts, so whole paths come first
-
-
-def _by_pattern(patterns: dict[str, Any], path: str, otherwise: float) -> float:
-    return next((value for key, value in patterns.items() if re.fullmatch(rf"(.*\.)?({key})", path)), otherwise)
 
 
 def _our_metadata(adapter: Adapter) -> str:
@@ -181,7 +179,7 @@ def _our_metadata(adapter: Adapter) -> str:
     written, config = _config_for_peft(adapter), adapter.config.to_dict()
     own = {"target_modules": config["target_modules"], "exclude_modules": config["exclude_modules"]}
     own |= {"layers_to_transform": config["layers"], "target_parameters": config["target_parameters"] or None}
-    own |= {"lora_dropout": config["dropout"]}
+    own |= {"lora_dropout": config["dropout"], "init_lora_weights": _INIT_FOR_PEFT[adapter.config.init]}
     changed = {key: [written[key], value] for key, value in own.items() if written[key] != value}
     if changed:
         ours["config"] = changed  # PEFT's value, ours
@@ -213,13 +211,18 @@ def read(path: Path, context: Context) -> Adapter:
     except FileError as error:
         raise AdapterFileError(str(error)) from error
     ours = _read_our_metadata(metadata, tensor_file)
-    if isinstance(values, dict):  # where somebody has changed a setting, it counts
-        values |= {key: own for key, (there, own) in ours.config.items() if values.get(key) == there}
-    config = _read_config(values, folder / CONFIG_FILE)
+    written = values if isinstance(values, dict) else {}
+    known = {key: own for key, (there, own) in ours.config.items() if written.get(key) == there}
+    # where somebody has changed a setting since, it counts
+    config = _read_config(written | known or values, folder / CONFIG_FILE)
     base = ours.base
     if base is None and values.get("base_model_name_or_path"):
         base = BaseInfo(name=values["base_model_name_or_path"], architecture="", dtype="", structure="", samples=())
-    return _sort_tensors(tensors, config, tensor_file, ours._replace(base=base))
+    parameters = tuple(written.get("target_parameters") or ())
+    adapter = _sort_tensors(tensors, config, parameters, tensor_file, ours._replace(base=base))
+    if not peft_nested.adds_twice(values.get("peft_version")):
+        return adapter
+    return replace(adapter, factors=peft_nested.doubled(adapter.factors))
 
 
 def base_name(folder: Path) -> str | None:
@@ -284,7 +287,7 @@ def _read_config(values: Any, where: Path) -> LoRAConfig:
                 init=_INIT_ON_PRISTINE_BASE[init],  # type: ignore[arg-type]
                 bias=values.get("bias", "none"),
                 modules_to_save=tuple(values.get("modules_to_save") or ()),
-                target_parameters=tuple(values.get("target_parameters") or ()),
+                target_parameters=values.get("target_parameters") or (),
             )
         except (ConfigError, TypeError) as error:
             problems.append(str(error))
@@ -316,8 +319,10 @@ def _read_our_metadata(metadata: dict[str, str], where: Path) -> _Ours:
         raise AdapterFileError(f"{where}: its lorakit metadata is damaged: {error}") from None
 
 
-def _sort_tensors(tensors: dict[str, torch.Tensor], config: LoRAConfig, where: Path, ours: _Ours) -> Adapter:
-    """Give every tensor its place in the value, or say that it has none."""
+def _sort_tensors(
+    tensors: dict[str, torch.Tensor], config: LoRAConfig, parameters: tuple[str, ...], where: Path, ours: _Ours
+) -> Adapter:
+    """Give every tensor its place in the value, or say that it has none; `parameters` are PEFT's target_parameters."""
     problems: list[str] = []
     pairs: dict[str, dict[str, torch.Tensor]] = {}
     embeddings: set[str] = set()
@@ -338,7 +343,8 @@ def _sort_tensors(tensors: dict[str, torch.Tensor], config: LoRAConfig, where: P
             biases[peft_nested.path_of_bias(name)] = tensors[key]
         else:
             problems.append(f"{key}: unexpected; no low-rank factor, and not named by bias or modules_to_save")
-    places = peft_nested.paths(pairs, config, ours.attentions, problems)
+    rows = {name: len(pair.get("A", ())) for name, pair in pairs.items()}
+    places = peft_nested.paths(rows, config, parameters, ours.attentions, problems)
     factors = {}
     for name, pair in pairs.items():
         if len(pair) == 1:
@@ -359,8 +365,8 @@ def _factors(
 ) -> Factors:
     """Factors as a value has them; where the rank is not the config's, `problems` says so."""
     known_as = peft_nested.attention_of(path, kind)
-    expected = int(_by_pattern(config.rank_pattern, known_as, config.r))
-    alpha = _by_pattern(config.alpha_pattern, known_as, config.alpha)
+    expected = peft_nested.rank(config, known_as)
+    alpha = peft_nested.by_pattern(config.alpha_pattern, known_as, config.alpha)
     if kind == "experts":
         pair = peft_nested.stacked(A, B, expected)
         if pair is None:

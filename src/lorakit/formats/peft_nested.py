@@ -6,13 +6,20 @@ PEFT wraps such a module, so names show the wrapping. A MultiheadAttention's out
 other; its B is (out, r * experts), of which every `experts`-th column is one expert's.
 
 PEFT adapts both projections of an attention named in `target_modules`, and knows no exclusions for
-`target_parameters`; where a config of ours says more, `targets` says the same by whole paths.
+`target_parameters`; where a config of ours says more, `settings` says the same by whole paths.
+
+Two of PEFT's ways are part of the format. Up to 0.21.2 it adds an attention's output update twice (peft#3774), so its
+tensors mean that, and ours are written to mean it too, with that version named (halving and doubling are exact). And on
+the mixtures it knows from transformers 4 it takes the strings "all-linear" and regular expressions to mean all experts
+and the router, and names that end in `gate_proj`, `up_proj` or `down_proj` to mean experts; so adapters with experts
+are written with lists, and those that also hold such layers outside the experts only lorakit reads.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,6 +27,7 @@ import torch
 from lorakit.adapter.config import LoRAConfig
 from lorakit.adapter.value import Adapter, Factors, Kind
 
+ADDS_TWICE = "0.21.2"
 _INSIDE = ".base_layer"
 _STACKS = ("gate_up_proj", "up_proj", "down_proj")  # as modules of experts define them, which is how PEFT wraps them
 _OUT, _PACKED_BIAS = "out_proj", "in_proj_bias"
@@ -46,6 +54,22 @@ def input_only(adapter: Adapter) -> list[str]:
     )
 
 
+def adds_twice(peft_version: Any) -> bool:
+    """Whether the PEFT that wrote a file (the oldest name no version) adds an attention's output update twice."""
+    match = re.match(r"(\d+)\.(\d+)\.(\d+)", str(peft_version))
+    return match is None or tuple(map(int, match.groups())) <= tuple(map(int, ADDS_TWICE.split(".")))
+
+
+def halved(path: str, f: Factors) -> torch.Tensor:
+    """B as it is written where PEFT adds the update twice."""
+    return f.B / 2 if _is_output(path, f.kind) else f.B
+
+
+def doubled(factors: Mapping[str, Factors]) -> dict[str, Factors]:
+    """Undo `halved`."""
+    return {path: replace(f, B=f.B * 2) if _is_output(path, f.kind) else f for path, f in factors.items()}
+
+
 # ---------------------------------------------------------------- names
 
 
@@ -70,25 +94,36 @@ def names(factors: Mapping[str, Factors]) -> dict[str, str]:
 
 
 def _in_order(parameters: Iterable[str]) -> list[str]:
-    return sorted(parameters, key=lambda name: (_STACKS.index(name) if name in _STACKS else len(_STACKS), name))
+    return sorted(parameters, key=_STACKS.index)
 
 
 def paths(
-    named: Iterable[str], config: LoRAConfig, attentions: Iterable[str], problems: list[str]
+    named: Mapping[str, int],
+    config: LoRAConfig,
+    targets: Sequence[str],
+    attentions: Iterable[str],
+    problems: list[str],
 ) -> dict[str, tuple[str, Kind]]:
     """Undo `names`: (path, kind) for each name; what cannot be understood is left out and told in `problems`.
 
     Args:
-        named: every name with factors in a file.
-        config: whose `target_parameters` tell experts.
+        named: every name with factors in a file, with the number of rows of its A.
+        config: its ranks.
+        targets: `target_parameters` as PEFT knows them.
         attentions: paths of attentions of which the file has the input projection alone.
         problems: added to.
     """
     found: dict[str, tuple[str, Kind]] = {}
+    problems += [
+        f"target_parameters {target!r}: no stack of experts ({', '.join(_STACKS)}); name layers in target_modules "
+        "(PEFT also adapts a mixture's router, which lorakit does not)"
+        for target in targets
+        if target.rpartition(".")[2] not in _STACKS
+    ]
     attentions, stacks = set(attentions), dict[str, dict[int, str]]()
-    for name in named:
+    for name, rows in named.items():
         module = re.sub(rf"({re.escape(_INSIDE)})+$", "", name)
-        if _parameters_of(module, config):
+        if _is_stack(name, rows, module, config, targets, named):
             stacks.setdefault(module, {})[name.count(_INSIDE, len(module))] = name
         elif name.endswith(f"{_INSIDE}.{_OUT}"):
             attention = name.removesuffix(f"{_INSIDE}.{_OUT}")
@@ -101,25 +136,45 @@ def paths(
     for name in attentions & found.keys():
         found[name] = (name, "attention")
     for module, by_depth in stacks.items():
-        parameters = _in_order(_parameters_of(module, config))
-        unknown = [name for name in parameters if name not in _STACKS]
-        if sorted(by_depth) != list(range(len(parameters))) or (unknown and len(parameters) > 1):
+        parameters = _in_order(_parameters_of(module, targets))
+        if sorted(by_depth) != list(range(len(parameters))):
             problems.append(
                 f"{module}: cannot tell which factors belong to which of its parameters {', '.join(parameters)}"
             )
             continue
         for depth, name in by_depth.items():
             found[name] = (f"{module}.{parameters[len(parameters) - 1 - depth]}", "experts")
-    for target in config.target_parameters:
+    for target in targets:
         if not any(_ends(path, target) for path, kind in found.values() if kind == "experts") and not problems:
             problems.append(f"target_parameters {target!r}: no tensor in the file is for such a parameter")
     return found
 
 
-def _parameters_of(module: str, config: LoRAConfig) -> set[str]:
-    """Names of the module's parameters that `target_parameters` means."""
-    ends = {target.rpartition(".")[2] for target in config.target_parameters}
-    return {name for name in ends if any(_ends(f"{module}.{name}", target) for target in config.target_parameters)}
+def _parameters_of(module: str, targets: Iterable[str]) -> set[str]:
+    """The module's stacks that `target_parameters` means."""
+    last = [(target.rpartition(".")[2], target) for target in targets]
+    return {name for name, target in last if name in _STACKS and _ends(f"{module}.{name}", target)}
+
+
+def _is_stack(
+    name: str, rows: int, module: str, config: LoRAConfig, targets: Sequence[str], named: Mapping[str, int]
+) -> bool:
+    """Whether factors are a stack's. A target without a module's name ("down_proj") says nothing of which modules have
+    such a parameter: then wrapping tells, or more rows than a matrix of the config's rank has.
+    """
+    meant = [target for target in targets if _parameters_of(module, [target])]
+    wrapped = name != module or module + _INSIDE in named
+    return bool(meant) and (wrapped or any("." in target for target in meant) or rows != rank(config, module))
+
+
+def rank(config: LoRAConfig, path: str) -> int:
+    """The rank that a config gives to the layer PEFT knows as `path`."""
+    return int(by_pattern(config.rank_pattern, path, config.r))
+
+
+def by_pattern(patterns: Mapping[str, Any], path: str, otherwise: float) -> float:
+    """The value of the first pattern that matches."""
+    return next((value for key, value in patterns.items() if re.fullmatch(rf"(.*\.)?({key})", path)), otherwise)
 
 
 def _ends(path: str, end: str) -> bool:
@@ -162,32 +217,36 @@ def stacked(A: torch.Tensor, B: torch.Tensor, r: int) -> tuple[torch.Tensor, tor
 # ---------------------------------------------------------------- config
 
 
-def targets(adapter: Adapter) -> dict[str, Any]:
-    """target_modules, exclude_modules, layers_to_transform and target_parameters with which PEFT adapts what the
-    adapter holds: the config's own where PEFT means the same by them, else whole paths.
+def settings(adapter: Adapter) -> dict[str, Any]:
+    """With which PEFT adapts what the adapter holds: the config's own where PEFT means the same by them, else whole
+    paths.
     """
     config, written = adapter.config, adapter.config.to_dict()
     modules = {attention_of(p, f.kind) for p, f in adapter.factors.items() if f.kind != "experts"}
     stacks = [path for path, f in adapter.factors.items() if f.kind == "experts"]
     outputs = [path for path, f in adapter.factors.items() if _is_output(path, f.kind)]
     in_pairs = not input_only(adapter) and all(attention_of(path, "attention") in adapter.factors for path in outputs)
+    restricted = config.exclude_modules is not None or config.layers is not None
     differs = (
         not in_pairs  # PEFT has both projections or none
         or (outputs and config.exclude_modules is not None)
         or (outputs and config.target_modules == "all-linear")  # which means their Linear alone, to no effect
         or any(_named(path, config.target_modules) for path in outputs)
-        or (stacks and (config.exclude_modules is not None or config.layers is not None))
+        or (stacks and (isinstance(config.target_modules, str) or restricted))
         or (isinstance(config.target_modules, str) and config.layers is not None)  # PEFT takes layers with a list only
     )
+    other: dict[str, Any] = {"peft_version": ADDS_TWICE} if outputs else {}
+    if stacks:  # of which PEFT knows neither
+        other = other | {"lora_dropout": 0.0, "init_lora_weights": True}
     if not differs:
-        return {
+        return other | {
             "target_modules": written["target_modules"],
             "exclude_modules": written["exclude_modules"],
             "layers_to_transform": written["layers"],
             "target_parameters": written["target_parameters"] or None,
         }
-    return {
-        "target_modules": "|".join(map(re.escape, sorted(modules))) or [],
+    return other | {
+        "target_modules": sorted(modules) if stacks else "|".join(map(re.escape, sorted(modules))),
         "exclude_modules": None,
         "layers_to_transform": None,
         "target_parameters": stacks or None,

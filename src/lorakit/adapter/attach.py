@@ -38,6 +38,8 @@ from lorakit.core.layer import (
     adapt,
     base_modules,
     base_parameters,
+    batch_dim,
+    batch_dim_inside,
     fuse_again,
     restore,
     unfuse,
@@ -204,6 +206,7 @@ class AttachedAdapters:
         self._refuse_while_merged("route")
         if isinstance(names, str) or not names:
             raise AdapterError(f"route needs a list with one name (or None) for each row of the batch, got {names!r}")
+        dim = batch_dim(self.model)
         route = Route([None if name is None else self._resident(name).slot for name in names])
 
         def note(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -213,7 +216,9 @@ class AttachedAdapters:
                     raise AdapterError("an adapter of this route was removed or replaced; enter route() again")
                 batch = next((v for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor) and v.ndim), None)
                 if batch is not None:
-                    route.check_batch(batch.shape[0], batch.shape[1] if batch.ndim > 1 else None)
+                    # sequences first, tokens in one line would not lie row after row
+                    one_line = dim == 0 and batch.ndim > 1
+                    route.check_batch(batch.shape[dim], batch.shape[1] if one_line else None)
 
         hook = self.model.register_forward_pre_hook(note, with_kwargs=True)
         try:
@@ -549,6 +554,7 @@ class AttachedAdapters:
             adapted = adapt(module, mixin_for(module, update), self._state)
             if isinstance(adapted, AdaptedLayer | AdaptedAttention):
                 adapted.lorakit_site = site
+            adapted.lorakit_batch_dim = batch_dim_inside(modules.get(path.rpartition(".")[0]))
             update.requires_grad_(trainable).train(module.training)
             adapted.lorakit_updates[resident.slot] = update.to(weight.device)
             resident.modules[path] = adapted

@@ -152,13 +152,14 @@ def _project(
         parts = [(held[i].weight, found, a, b) for i, a, b in group.parts if (found := loras[i]) is not None]
         if len(parts) == 1 and parts[0][2:] == (group.start, group.end) and parts[0][1][0].can_fuse(x, stack):
             weight, (lora, A, B), _, _ = parts[0]
-            done.append(kernels.lora_linear(mine, weights[e], biases[e], A[e], B[e], lora.s * weight))
-            continue
-        y = F.linear(mine, weights[e], biases[e])
-        for weight, (lora, A, B), a, b in parts:
-            change = lora.for_expert(x[a:b], A[e], B[e], y.dtype)
-            y[a - group.start : b - group.start] += change if weight == 1.0 else change * weight
-        done.append(y)
+            y = kernels.lora_linear(mine, weights[e], None, A[e], B[e], lora.s * weight)
+        else:
+            y = F.linear(mine, weights[e])
+            for weight, (lora, A, B), a, b in parts:
+                change = lora.for_expert(x[a:b], A[e], B[e], y.dtype)
+                y[a - group.start : b - group.start] += change if weight == 1.0 else change * weight
+        bias = biases[e]
+        done.append(y if bias is None else y + bias)  # apart, as transformers adds it
     return torch.cat(done) if done else x.new_zeros(0, weights[0].shape[0])
 
 

@@ -21,6 +21,7 @@ from lorakit.adapter.targets import Targets, find_targets, module_at, readers
 from lorakit.adapter.updates import (
     by_module,
     expected_shapes,
+    fresh_replacement,
     fresh_updates,
     loaded_replacement,
     loaded_updates,
@@ -241,9 +242,9 @@ class AttachedAdapters:
             AdapterError: nothing is active, or an update cannot be folded in; the model is as it was.
         """
         self._refuse_while_merged("merged")
-        selection = self._folding_selection()
+        selection = self.active_selection()
         exchange = folding.Exchange()
-        exchange.put(self._adapted_modules(), selection)
+        exchange.put(self.adapted_modules(), selection)
         self._state.folded = True
         try:
             yield
@@ -253,7 +254,7 @@ class AttachedAdapters:
 
     def merge_report(self, *, seed: int | None = None) -> FoldReport:
         """What `merge` would do: per parameter, how much of the update survives rounding. Changes nothing."""
-        return folding.preview(self.model, self._adapted_modules(), self._folding_selection(), seed)
+        return folding.preview(self.model, self.adapted_modules(), self.active_selection(), seed)
 
     def merge(
         self, *, minimum_survival: float = folding.MINIMUM_SURVIVAL, rounding: str = "nearest", seed: int = 0
@@ -278,7 +279,7 @@ class AttachedAdapters:
             raise AdapterError(f"rounding is 'nearest' or 'stochastic' (got {rounding!r})")
         draws = seed if rounding == "stochastic" else None
         self.merge_report(seed=draws).check(minimum_survival)
-        folding.fold_in(self.model, self._adapted_modules(), self._folding_selection(), draws)
+        folding.fold_in(self.model, self.adapted_modules(), self.active_selection(), draws)
         return self.detach()
 
     # ------------------------------------------------------------ in
@@ -316,7 +317,7 @@ class AttachedAdapters:
                 f"adapter {name!r} is already there; pass replace=True, remove it first, or choose another name"
             )
         if isinstance(adapter, str | Path):
-            adapter = Adapter.load(adapter)
+            adapter = Adapter.load(adapter, model=self.model)
         config = adapter.config if isinstance(adapter, Adapter) else adapter
         trainable = isinstance(adapter, LoRAConfig) if trainable is None else trainable
         targets = find_targets(self.model, config)
@@ -328,7 +329,7 @@ class AttachedAdapters:
             updates |= {path: loaded_replacement(adapter, path, modules[path]) for path in targets.replaced}
         else:
             updates = dict(fresh_updates(config, targets, modules, seed))
-            updates |= {path: Replacement(modules[path]) for path in targets.replaced}
+            updates |= {path: fresh_replacement(modules[path]) for path in targets.replaced}
         before = self._residents.get(name)
         kinds = {target.path: target.site.kind for target in targets.layers}
         resident = self._insert(_Resident(config, str(self._slots), kinds), updates, modules, trainable=trainable)
@@ -350,7 +351,7 @@ class AttachedAdapters:
         replace: bool = False,
     ) -> None:
         """Make a saved adapter resident under `name`; it is not activated. Arguments and errors as in `add`."""
-        value = Adapter.load(adapter) if isinstance(adapter, str | Path) else adapter
+        value = Adapter.load(adapter, model=self.model) if isinstance(adapter, str | Path) else adapter
         self.add(name, value, trainable=trainable, check_base=check_base, replace=replace)
 
     # ------------------------------------------------------------ out
@@ -408,7 +409,7 @@ class AttachedAdapters:
 
     def save(self, name: str, path: str | Path, format: str = "peft") -> Path:
         """Write an adapter to the folder `path`: `extract(name).save(path)`."""
-        return self.extract(name).save(path, format=format)
+        return self.extract(name).save(path, format=format, model=self.model)
 
     # ------------------------------------------------------------ about
 
@@ -473,11 +474,16 @@ class AttachedAdapters:
             if not module.lorakit_updates:
                 restore(module)
 
-    def _adapted_modules(self) -> dict[str, AdaptedModule]:
+    def adapted_modules(self) -> dict[str, AdaptedModule]:
         """Every module some adapter changes, by path, in the model's order."""
         return {path: module for path, module in base_modules(self.model) if isinstance(module, AdaptedModule)}
 
-    def _folding_selection(self) -> Selection:
+    def active_selection(self) -> Selection:
+        """What is active, to be folded in.
+
+        Raises:
+            AdapterError: nothing is, or each row has its own.
+        """
         selection = self._state.current()
         if isinstance(selection, Route):
             raise AdapterError("inside route() each row has its own adapter, so none can be folded into the weights")
@@ -550,13 +556,14 @@ class AttachedAdapters:
                 continue
             update = held[path]
             site = site_of(module)
-            weight = next(module.parameters())
+            device = next(module.parameters()).device
             adapted = adapt(module, mixin_for(module, update), self._state)
             if isinstance(adapted, AdaptedLayer | AdaptedAttention):
                 adapted.lorakit_site = site
             adapted.lorakit_batch_dim = batch_dim_inside(modules.get(path.rpartition(".")[0]))
             update.requires_grad_(trainable).train(module.training)
-            adapted.lorakit_updates[resident.slot] = update.to(weight.device)
+            # a skeleton's weights are nowhere; what an adapter holds is somewhere all the same
+            adapted.lorakit_updates[resident.slot] = update if device.type == "meta" else update.to(device)
             resident.modules[path] = adapted
         return resident
 

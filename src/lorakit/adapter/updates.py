@@ -15,7 +15,7 @@ from lorakit.core import initializers, lowrank
 from lorakit.core.attention import AdaptedAttention
 from lorakit.core.deltas import LayerUpdate, LoRA, Replacement, StackedUpdate
 from lorakit.core.experts import AdaptedExperts
-from lorakit.core.layer import AdaptedLayer, AdaptedModule, ReplacedModule, bias_name
+from lorakit.core.layer import AdaptedLayer, AdaptedModule, ReplacedModule, bias_name, restore
 from lorakit.core.sites import CONVOLUTION, EMBEDDING
 from lorakit.core.weights import base_weight_of
 from lorakit.errors import ConfigError
@@ -41,7 +41,7 @@ def _bias(module: nn.Module) -> nn.Parameter:
     return module.get_parameter(bias_name(module))
 
 
-def _seeded(seed: int, path: str) -> torch.Generator:
+def seeded(seed: int, path: str) -> torch.Generator:
     """A generator that depends on the seed and the layer's path only: not on the order of layers, nor on what was
     drawn before.
     """
@@ -69,7 +69,7 @@ def _fresh_lora(config: LoRAConfig, target: Target, seed: int) -> LoRA:
     # an embedding looks up columns of A: its default starts with A zero, so that no rare token begins with a random row
     by_default = initializers.zero_A if target.site is EMBEDDING else initializers.default
     initializer = by_default if config.init == "default" else initializers.INITIALIZERS[config.init]
-    generator = _seeded(seed, target.path)
+    generator = seeded(seed, target.path)
     if target.site.kind == "experts":  # each a matrix of its own
         starts = [initializer(shape_A[1:], shape_B[1:], generator) for _ in range(shape_A[0])]
         A, B = torch.stack([start.A for start in starts]), torch.stack([start.B for start in starts])
@@ -123,9 +123,19 @@ def mixin_for(module: nn.Module, update: LayerUpdate | Replacement | StackedUpda
     return AdaptedAttention if isinstance(module, nn.MultiheadAttention) else AdaptedLayer
 
 
+def fresh_replacement(module: nn.Module) -> Replacement:
+    """A trainable copy of a module as it is in the base, whatever other adapters put in its place."""
+    replacement = Replacement(module)
+    if isinstance(replacement.copy, ReplacedModule):
+        restore(replacement.copy)
+    return replacement
+
+
 def loaded_replacement(adapter: Adapter, path: str, module: nn.Module) -> Replacement:
     """The whole trained copy of the module at `path` that the value holds."""
-    replacement = Replacement(module)
+    replacement = fresh_replacement(module)
     own = {name.removeprefix(f"{path}."): t for name, t in adapter.replaced.items() if name.startswith(f"{path}.")}
+    if any(parameter.is_meta for parameter in replacement.copy.parameters()):
+        replacement.copy.to_empty(device="cpu")  # a skeleton's module: the value brings the numbers
     replacement.copy.load_state_dict(own)
     return replacement

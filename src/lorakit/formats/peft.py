@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -28,12 +28,13 @@ from lorakit.files import (
     write_safetensors,
 )
 from lorakit.formats import peft_nested
-from lorakit.formats.codec import Context
-from lorakit.version import __version__
+from lorakit.formats.codec import Context, our_metadata, read_our_metadata
+from lorakit.formats.peft_nested import by_pattern
 
 CONFIG_FILE = "adapter_config.json"
 TENSOR_FILE = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
+_BESIDE = "lorakit_peft"
 _LORA_KEY = re.compile(r"(?P<path>.+)\.(?:(?P<matrix>lora_[AB])\.weight|lora_embedding_(?P<embedding>[AB]))")
 
 # adapter_config.json: what says nothing about the function of the adapter ...
@@ -98,9 +99,8 @@ def obstacles(adapter: Adapter, context: Context) -> list[str]:
 
 def write(adapter: Adapter, folder: Path, context: Context) -> Path:
     """Write both files into `folder` (created if need be), the config last; return the folder."""
-    write_safetensors(
-        folder / TENSOR_FILE, _named_tensors(adapter), {"format": "pt", "lorakit": _our_metadata(adapter)}
-    )
+    metadata = {"format": "pt", "lorakit": our_metadata(adapter), **_beside(adapter)}
+    write_safetensors(folder / TENSOR_FILE, _named_tensors(adapter), metadata)
     write_json(folder / CONFIG_FILE, _config_for_peft(adapter))
     return folder
 
@@ -166,26 +166,22 @@ def _patterns(adapter: Adapter) -> tuple[dict[str, int], dict[str, float]]:
     config = adapter.config
     ranks, alphas = dict(config.rank_pattern), dict(config.alpha_pattern)
     factors = {peft_nested.attention_of(path, f.kind): f for path, f in adapter.factors.items()}
-    by_pattern = peft_nested.by_pattern
     wrong_r = {re.escape(p): f.r for p, f in factors.items() if by_pattern(ranks, p, config.r) != f.r}
     wrong_alpha = {re.escape(p): f.alpha for p, f in factors.items() if by_pattern(alphas, p, config.alpha) != f.alpha}
     return wrong_r | ranks, wrong_alpha | alphas  # the first pattern that matches counts, so whole paths come first
 
 
-def _our_metadata(adapter: Adapter) -> str:
-    """What PEFT's config has no place for."""
-    base = asdict(adapter.base) if adapter.base else None
-    ours: dict[str, Any] = {"version": __version__, "base": base, "metadata": dict(adapter.metadata)}
+def _beside(adapter: Adapter) -> dict[str, str]:
+    """What PEFT's config has no place for, as a string for the file's header; nothing where it has."""
     written, config = _config_for_peft(adapter), adapter.config.to_dict()
     own = {"target_modules": config["target_modules"], "exclude_modules": config["exclude_modules"]}
     own |= {"layers_to_transform": config["layers"], "target_parameters": config["target_parameters"] or None}
     own |= {"lora_dropout": config["dropout"], "init_lora_weights": _INIT_FOR_PEFT[adapter.config.init]}
-    changed = {key: [written[key], value] for key, value in own.items() if written[key] != value}
-    if changed:
-        ours["config"] = changed  # PEFT's value, ours
-    if attentions := peft_nested.input_only(adapter):
-        ours["attentions"] = attentions
-    return json.dumps(ours, sort_keys=True)
+    changed = {key: [written[key], value] for key, value in own.items() if written[key] != value}  # PEFT's, ours
+    attentions = peft_nested.input_only(adapter)
+    if not changed and not attentions:
+        return {}
+    return {_BESIDE: json.dumps({"config": changed, "attentions": attentions}, sort_keys=True)}
 
 
 # ---------------------------------------------------------------- reading
@@ -210,16 +206,17 @@ def read(path: Path, context: Context) -> Adapter:
         tensors, metadata = read_safetensors(tensor_file)
     except FileError as error:
         raise AdapterFileError(str(error)) from error
-    ours = _read_our_metadata(metadata, tensor_file)
+    known, attentions = _read_beside(metadata, tensor_file)
     written = values if isinstance(values, dict) else {}
-    known = {key: own for key, (there, own) in ours.config.items() if written.get(key) == there}
     # where somebody has changed a setting since, it counts
-    config = _read_config(written | known or values, folder / CONFIG_FILE)
-    base = ours.base
+    own = {key: ours for key, (theirs, ours) in known.items() if written.get(key) == theirs}
+    config = read_config(written | own or values, folder / CONFIG_FILE)
+    base, extra = read_our_metadata(metadata.get("lorakit"), tensor_file)
     if base is None and values.get("base_model_name_or_path"):
         base = BaseInfo(name=values["base_model_name_or_path"], architecture="", dtype="", structure="", samples=())
     parameters = tuple(written.get("target_parameters") or ())
-    adapter = _sort_tensors(tensors, config, parameters, tensor_file, ours._replace(base=base))
+    adapter = _sort_tensors(tensors, config, tensor_file, parameters=parameters, attentions=attentions)
+    adapter = replace(adapter, base=base, metadata=extra)
     if not peft_nested.adds_twice(values.get("peft_version")):
         return adapter
     return replace(adapter, factors=peft_nested.doubled(adapter.factors))
@@ -238,7 +235,7 @@ def base_name(folder: Path) -> str | None:
     values, tensor_file = read_json(folder / CONFIG_FILE), folder / TENSOR_FILE
     named = values.get("base_model_name_or_path") if isinstance(values, dict) else None
     if named and tensor_file.is_file():
-        ours = _read_our_metadata(read_safetensors_header(tensor_file)[1], tensor_file).base
+        ours, _ = read_our_metadata(read_safetensors_header(tensor_file)[1].get("lorakit"), tensor_file)
         if ours is not None and ours.published == named:
             return ours.name
     return str(named) if named else None
@@ -256,7 +253,12 @@ def _what_is_there(folder: Path) -> str:
     return f"; adapters are in its folders {', '.join(inside)}" if inside else ""
 
 
-def _read_config(values: Any, where: Path) -> LoRAConfig:
+def read_config(values: Any, where: Path | str) -> LoRAConfig:
+    """PEFT's settings as ours.
+
+    Raises:
+        AdapterFileError: begins with `where`; lists every setting that would change the function and is not supported.
+    """
     if not isinstance(values, dict):
         raise AdapterFileError(f"{where}: expected an object, found {type(values).__name__}")
     problems = []
@@ -294,35 +296,34 @@ def _read_config(values: Any, where: Path) -> LoRAConfig:
     raise AdapterFileError(f"{where}: cannot be used:\n{bullet_list(problems)}")
 
 
-class _Ours(NamedTuple):
-    """What our metadata say, or what holds where there are none."""
-
-    base: BaseInfo | None = None
-    metadata: dict[str, str] = {}  # noqa: RUF012 - never changed
-    config: dict[str, Any] = {}  # noqa: RUF012 - never changed
-    attentions: tuple[str, ...] = ()
-
-
-def _read_our_metadata(metadata: dict[str, str], where: Path) -> _Ours:
-    if "lorakit" not in metadata:
-        return _Ours()
+def _read_beside(metadata: dict[str, str], where: Path) -> tuple[dict[str, tuple[Any, Any]], tuple[str, ...]]:
+    """Undo `_beside`: setting -> (PEFT's value, ours), and the attentions of which the output is left alone."""
+    if _BESIDE not in metadata:
+        return {}, ()
     try:
-        ours = parse_json(metadata["lorakit"], f"{where} (lorakit metadata)")
-        base = ours["base"]
-        return _Ours(
-            base=BaseInfo(**{**base, "samples": tuple(base["samples"])}) if base else None,
-            metadata=dict(ours["metadata"]),
-            config={key: (there, own) for key, (there, own) in ours.get("config", {}).items()},
-            attentions=tuple(ours.get("attentions", ())),
-        )
+        beside = parse_json(metadata[_BESIDE], f"{where} ({_BESIDE} metadata)")
+        return {key: (theirs, ours) for key, (theirs, ours) in beside["config"].items()}, tuple(beside["attentions"])
     except (FileError, KeyError, TypeError, ValueError, AttributeError) as error:
-        raise AdapterFileError(f"{where}: its lorakit metadata is damaged: {error}") from None
+        raise AdapterFileError(f"{where}: its {_BESIDE} metadata is damaged: {error}") from None
 
 
 def _sort_tensors(
-    tensors: dict[str, torch.Tensor], config: LoRAConfig, parameters: tuple[str, ...], where: Path, ours: _Ours
+    tensors: dict[str, torch.Tensor],
+    config: LoRAConfig,
+    where: Path,
+    *,
+    parameters: tuple[str, ...],
+    attentions: tuple[str, ...],
 ) -> Adapter:
-    """Give every tensor its place in the value, or say that it has none; `parameters` are PEFT's target_parameters."""
+    """Give every tensor its place in the value, or say that it has none.
+
+    Args:
+        tensors: by their names in the file.
+        config: as read.
+        where: named in errors.
+        parameters: `target_parameters` as PEFT knows them.
+        attentions: those of which the input projection alone is in the file.
+    """
     problems: list[str] = []
     pairs: dict[str, dict[str, torch.Tensor]] = {}
     embeddings: set[str] = set()
@@ -344,7 +345,7 @@ def _sort_tensors(
         else:
             problems.append(f"{key}: unexpected; no low-rank factor, and not named by bias or modules_to_save")
     rows = {name: len(pair.get("A", ())) for name, pair in pairs.items()}
-    places = peft_nested.paths(rows, config, parameters, ours.attentions, problems)
+    places = peft_nested.paths(rows, config, parameters, attentions, problems)
     factors = {}
     for name, pair in pairs.items():
         if len(pair) == 1:
@@ -355,9 +356,7 @@ def _sort_tensors(
             factors[path] = _factors(pair["A"], pair["B"], path, kind, config, problems)
     if problems:
         raise AdapterFileError(f"{where}: nothing loaded:\n{bullet_list(problems)}")
-    return Adapter(
-        config=config, factors=factors, biases=biases, replaced=replaced, base=ours.base, metadata=ours.metadata
-    )
+    return Adapter(config=config, factors=factors, biases=biases, replaced=replaced)
 
 
 def _factors(
@@ -366,7 +365,7 @@ def _factors(
     """Factors as a value has them; where the rank is not the config's, `problems` says so."""
     known_as = peft_nested.attention_of(path, kind)
     expected = peft_nested.rank(config, known_as)
-    alpha = peft_nested.by_pattern(config.alpha_pattern, known_as, config.alpha)
+    alpha = by_pattern(config.alpha_pattern, known_as, config.alpha)
     if kind == "experts":
         pair = peft_nested.stacked(A, B, expected)
         if pair is None:

@@ -40,6 +40,11 @@ class Case:
     parameters: tuple[str, ...] = ()
 
     @property
+    def some_path(self) -> str:
+        """A path of an adapter: that of `some_layer`, or of a stack in it."""
+        return f"{self.some_layer}.down_proj" if self.some_layer.endswith("experts") else self.some_layer
+
+    @property
     def what(self) -> dict[str, object]:
         """Settings of a LoRAConfig."""
         return {"target_modules": self.targets, "target_parameters": self.parameters}

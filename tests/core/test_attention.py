@@ -210,11 +210,6 @@ def test_what_names_mean(changes, paths):
     assert torch.allclose(handle.merge(minimum_survival=0)(*arguments)[0], folded(*arguments)[0], atol=1e-4)
 
 
-def test_one_rank_for_both_projections():
-    with pytest.raises(TargetError, match=r"share rank and alpha \(in: 2, 32; out: 4, 32\)"):
-        lorakit.attach(holder(), LoRAConfig(r=2, rank_pattern={"out_proj": 4}))
-
-
 def test_attentions_that_are_not_torchs_own_are_refused():
     class Louder(nn.MultiheadAttention):
         def forward(self, *args, **kwargs):

@@ -1,7 +1,6 @@
 """Attentions and experts in PEFT's files, both ways, against PEFT itself."""
 
 import json
-from dataclasses import replace
 
 import peft
 import pytest
@@ -134,14 +133,29 @@ def test_a_setting_that_somebody_changed_counts(tmp_path):
     assert Adapter.load(tmp_path / "a").config.dropout == 0.3
 
 
-def test_ranks_that_differ_within_an_attention_are_refused_before_anything_is_written(tmp_path):
-    handle = lorakit.attach(CASES["attention"].build(), LoRAConfig(r=4))
-    value = handle.extract()
-    f = value.factors["first.out_proj"]
-    changed = replace(value, factors={**value.factors, "first.out_proj": replace(f, A=f.A[:2], B=f.B[:, :2])})
-    with pytest.raises(AdapterFileError, match=r"first\.out_proj: rank 2.*has rank 4.*PEFT has one for both"):
-        changed.save(tmp_path / "a")
-    assert not (tmp_path / "a").exists()
+def test_ranks_and_scales_that_differ_within_an_attention_are_evened_out(tmp_path):
+    """PEFT has one of each for both projections."""
+    case = CASES["attention"]
+    model = case.build()
+    config = LoRAConfig(r=4, rank_pattern={"first.out_proj": 2, "cross": 3}, alpha_pattern={"out_proj": 5.0})
+    handle = lorakit.attach(model, config)
+    randomise(handle)
+    assert {path: f.r for path, f in handle.extract().factors.items()} == {
+        "first": 4,
+        "first.out_proj": 2,
+        "cross": 3,
+        "cross.out_proj": 3,
+        "out": 4,
+    }
+    ours = run(case, model)
+    handle.save("default", tmp_path / "a")
+    theirs = quiet_peft(peft.PeftModel.from_pretrained, handle.detach(), tmp_path / "a").eval()
+    torch.testing.assert_close(run(case, theirs), ours, rtol=1e-4, atol=1e-5)
+    model = case.build()
+    lorakit.attach(model, tmp_path / "a").save("default", tmp_path / "b")
+    torch.testing.assert_close(run(case, model), ours, rtol=1e-5, atol=1e-5)
+    for file in (CONFIG_FILE, TENSOR_FILE):
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from torch import nn
 from lorakit.adapter.config import LoRAConfig
 from lorakit.adapter.targets import find_targets
 from lorakit.adapter.value import Adapter, Factors
-from lorakit.core.layer import base_modules
+from lorakit.core.layer import base_modules, bias_name
 
 
 def blank_adapter(model: nn.Module, config: LoRAConfig) -> Adapter:
@@ -26,7 +26,7 @@ def blank_adapter(model: nn.Module, config: LoRAConfig) -> Adapter:
     return Adapter(
         config=config,
         factors=factors,
-        biases={path: _blank(modules[path].get_parameter("bias")) for path in targets.biases},
+        biases={path: _blank(modules[path].get_parameter(bias_name(modules[path]))) for path in targets.biases},
         replaced={
             f"{path}.{name}": _blank(tensor)
             for path in targets.replaced

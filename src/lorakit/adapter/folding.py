@@ -123,10 +123,13 @@ def folded_parameters(
 def changed_parameters(path: str, module: AdaptedModule, selection: Selection) -> list[str]:
     """Full names of the parameters of a module that a selection changes; computes nothing."""
     active = [update for update, _ in module.active_updates(selection)]
-    if isinstance(module, AdaptedLayer):
-        updates = cast("list[LayerUpdate]", active)
-        names = ["weight"] if any(update.lora is not None for update in updates) else []
-        names += ["bias"] if any(update.bias is not None for update in updates) else []
+    if isinstance(module, AdaptedLayer | AdaptedAttention):
+        updates, site = cast("list[LayerUpdate]", active), module.lorakit_site
+        names = [site.weight_name] if site is not None and any(update.lora is not None for update in updates) else []
+        names += [bias_name(module)] if any(update.bias is not None for update in updates) else []
+    elif isinstance(module, AdaptedExperts):
+        stacked = cast("list[StackedUpdate]", active)
+        names = [name for name in weight_names(module) if any(name in update.updates for update in stacked)]
     else:
         names = list(base_parameters(module)) if active else []
     return [f"{path}.{name}" if path else name for name in names]

@@ -93,7 +93,6 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> Targets:
         known = path if path in ranks or site.kind != "attention" else path.removesuffix(".out_proj")
         also = path if path in alphas or site.kind != "attention" else path.removesuffix(".out_proj")
         layers.append(Target(path, module, site, int(ranks.get(known, config.r)), alphas.get(also, config.alpha)))
-    problems += _unequal_attention(layers)
     biases = _biases(candidates, chosen, config.bias, problems)
     if problems:
         raise TargetError(
@@ -151,21 +150,6 @@ def _why_not_stack(module: nn.Module, name: str) -> str:
         f"{type(module).__name__} is not among the experts lorakit knows how to adapt: those that transformers runs by "
         "its experts interface (gate_up_proj or up_proj, and down_proj)"
     )
-
-
-def _unequal_attention(layers: Sequence[Target]) -> list[str]:
-    """The two projections of a MultiheadAttention have one rank and one alpha, as in PEFT's files, which know no
-    other.
-    """
-    by_path = {target.path: target for target in layers}
-    return [
-        f"{path}: the projections of a MultiheadAttention share rank and alpha (in: {own.r}, {own.alpha:g}; out: "
-        f"{out.r}, {out.alpha:g}); write the pattern so that it matches both, e.g. {path + '(.out_proj)?'!r}"
-        for path, own in by_path.items()
-        if (out := by_path.get(f"{path}.out_proj")) is not None
-        and own.site.kind == "attention"
-        and (own.r, own.alpha) != (out.r, out.alpha)
-    ]
 
 
 def _matches(pattern: str, path: str) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -42,6 +43,25 @@ class Factors:
     def r(self) -> int:
         """Rank."""
         return self.A.shape[1 if self.kind == "experts" else 0]
+
+    @property
+    def rank_shares(self) -> int:
+        """Among how many matrices `r` is divided: the groups of a convolution. Every expert has the whole of it."""
+        return 1 if self.kind == "experts" else self.r // self.B.shape[1]
+
+    @property
+    def matrix_shape(self) -> tuple[int, int]:
+        """(outputs, inputs) of an update as a matrix; a convolution's kernel counts with the inputs, an embedding has
+        its vocabulary for inputs, and of experts it is one's.
+        """
+        first = 1 if self.kind == "experts" else 0
+        return self.B.shape[first], math.prod(self.A.shape[first + 1 :])
+
+    def blocks(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The factors as stacks of matrices (`lowrank.blocks`), one a group or expert: A (n, r, columns), B (n, out, r)
+        with the `r` that each has.
+        """
+        return (self.A, self.B) if self.kind == "experts" else lowrank.blocks(self.A, self.B)
 
     def delta(self, scaling: str) -> torch.Tensor:
         """s B A in fp32: (out, in); (vocabulary, dim) for an embedding; (out, in / groups, *kernel) for a convolution;

@@ -28,7 +28,8 @@ from lorakit.formats import cloneofsimo, pipeline
 from lorakit.formats.assembly import adapter_of, factors_of, fitted, header_names, read_tensors, tensor_file
 from lorakit.formats.codec import Context
 from lorakit.formats.lycoris import scale
-from lorakit.formats.peft import by_pattern, read_config
+from lorakit.formats.peft import read_config
+from lorakit.formats.peft_nested import by_pattern
 from lorakit.formats.pipeline import FileName, Layers
 
 _SETTINGS = "lora_adapter_metadata"  # key in the header

@@ -87,18 +87,13 @@ def recognises(path: Path) -> bool:
 
 
 def obstacles(adapter: Adapter, context: Context) -> list[str]:
-    """The format carries all that an adapter can hold, but one rank and alpha for both projections of an attention."""
-    return [
-        f"{path}: rank {f.r}, alpha {f.alpha:g}, but its attention has rank {own.r}, alpha {own.alpha:g}; PEFT has one "
-        "for both"
-        for path, f in adapter.factors.items()
-        if (own := adapter.factors.get(peft_nested.attention_of(path, f.kind), f)) is not f
-        and (own.r, own.alpha) != (f.r, f.alpha)
-    ]
+    """None: the format carries all that an adapter can hold."""
+    return []
 
 
 def write(adapter: Adapter, folder: Path, context: Context) -> Path:
     """Write both files into `folder` (created if need be), the config last; return the folder."""
+    adapter = peft_nested.evened(adapter)
     metadata = {"format": "pt", "lorakit": our_metadata(adapter), **_beside(adapter)}
     write_safetensors(folder / TENSOR_FILE, _named_tensors(adapter), metadata)
     write_json(folder / CONFIG_FILE, _config_for_peft(adapter))
@@ -165,9 +160,14 @@ def _patterns(adapter: Adapter) -> tuple[dict[str, int], dict[str, float]]:
     """
     config = adapter.config
     ranks, alphas = dict(config.rank_pattern), dict(config.alpha_pattern)
-    factors = {peft_nested.attention_of(path, f.kind): f for path, f in adapter.factors.items()}
-    wrong_r = {re.escape(p): f.r for p, f in factors.items() if by_pattern(ranks, p, config.r) != f.r}
-    wrong_alpha = {re.escape(p): f.alpha for p, f in factors.items() if by_pattern(alphas, p, config.alpha) != f.alpha}
+    wrong_r, wrong_alpha = {}, {}
+    for path, f in adapter.factors.items():
+        known_as = peft_nested.attention_of(path, f.kind)
+        ends = peft_nested.exactly(known_as, f.kind)
+        if by_pattern(ranks, path, by_pattern(ranks, known_as, config.r)) != f.r:
+            wrong_r[ends] = f.r
+        if by_pattern(alphas, path, by_pattern(alphas, known_as, config.alpha)) != f.alpha:
+            wrong_alpha[ends] = f.alpha
     return wrong_r | ranks, wrong_alpha | alphas  # the first pattern that matches counts, so whole paths come first
 
 

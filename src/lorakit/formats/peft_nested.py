@@ -26,6 +26,7 @@ import torch
 
 from lorakit.adapter.config import LoRAConfig
 from lorakit.adapter.value import Adapter, Factors, Kind
+from lorakit.core import lowrank
 
 ADDS_TWICE = "0.21.2"
 _INSIDE = ".base_layer"
@@ -68,6 +69,33 @@ def halved(path: str, f: Factors) -> torch.Tensor:
 def doubled(factors: Mapping[str, Factors]) -> dict[str, Factors]:
     """Undo `halved`."""
     return {path: replace(f, B=f.B * 2) if _is_output(path, f.kind) else f for path, f in factors.items()}
+
+
+def evened(adapter: Adapter) -> Adapter:
+    """The same update with one rank and alpha for both projections of each attention, since PEFT has one: zeros make up
+    for the rank, B for the scale.
+    """
+    factors = dict(adapter.factors)
+    for path, out in adapter.factors.items():
+        own = factors.get(attention_of(path, out.kind), out)
+        if (own.r, own.alpha) == (out.r, out.alpha):
+            continue
+        r, attention = max(own.r, out.r), attention_of(path, out.kind)
+        for name, f in ((attention, own), (path, out)):
+            factors[name] = _widened(f, r, adapter.scale(name) / lowrank.scale(out.alpha, r, adapter.config.scaling))
+            factors[name] = replace(factors[name], alpha=out.alpha)
+    return replace(adapter, factors=factors)
+
+
+def _widened(f: Factors, r: int, scale: float) -> Factors:
+    A = torch.cat([f.A, f.A.new_zeros(r - f.r, f.A.shape[1])])
+    B = torch.cat([f.B, f.B.new_zeros(f.B.shape[0], r - f.r)], dim=1)
+    return replace(f, A=A, B=B if scale == 1.0 else B.float() * scale)
+
+
+def exactly(known_as: str, kind: Kind) -> str:
+    """A pattern for one layer, or for both projections of one attention."""
+    return re.escape(known_as) + (rf"(\.{_OUT})?" if kind == "attention" else "")
 
 
 # ---------------------------------------------------------------- names

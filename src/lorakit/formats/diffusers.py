@@ -34,12 +34,19 @@ from lorakit.formats.pipeline import FileName, Layers
 
 _SETTINGS = "lora_adapter_metadata"  # key in the header
 
-# how a tensor's name ends -> which factor it is; the last group but the first is the layer of an attention processor
-_TENSOR = re.compile(
-    r"(?P<path>.+?)(?P<processor>(?:\.processor)?\.to_(?P<part>q|k|v|out)_lora)?"
-    r"\.(?:lora_(?P<matrix>[AB])|(?:lora\.|lora_linear_layer\.)?(?P<side>down|up))\.weight"
+# a tensor's name: the layer's path, which factor it is, and the layer as attention processors spell it
+_TENSORS = tuple(
+    map(
+        re.compile,
+        (
+            r"(?P<path>.+)\.lora_(?P<matrix>[AB])\.weight",
+            r"(?P<path>.+)\.(?:lora|lora_linear_layer)\.(?P<side>down|up)\.weight",
+            r"(?P<path>.+?)(?:\.processor)?\.(?P<part>to_(?:q|k|v|out)_lora)\.(?P<side>down|up)\.weight",
+            r"(?P<path>.+?)(?:\.processor)?\.(?P<part>to_(?:q|k|v|out)_lora)\.alpha",
+            r"(?P<path>.+)\.alpha",
+        ),
+    )
 )
-_ALPHA = re.compile(r"(?P<path>.+?)(?P<processor>(?:\.processor)?\.to_(?P<part>q|k|v|out)_lora)?\.alpha")
 _OTHERS = {
     "lora_magnitude_vector": "DoRA, whose update is not low-rank by itself",
     "dora_scale": "DoRA, whose update is not low-rank by itself",
@@ -51,7 +58,7 @@ def recognises(path: Path) -> bool:
     """A .safetensors file, or a folder with the usual one, with low-rank factors under any spelling of diffusers'."""
     names = header_names(path)
     return not any(name.startswith("base_model.") for name in names) and (
-        cloneofsimo.recognises(names) or any(_TENSOR.fullmatch(name) for name in names)
+        cloneofsimo.recognises(names) or any(_meaning(name) for name in names if name.endswith(".weight"))
     )
 
 
@@ -154,18 +161,26 @@ def read(path: Path, context: Context) -> Adapter:
     return adapter_of(in_order, shapes, kept)
 
 
+def _meaning(name: str) -> tuple[str, str] | None:
+    """(path as it is written, A or B or alpha) of a tensor; None for what is no part of an update."""
+    match = next((match for pattern in _TENSORS if (match := pattern.fullmatch(name))), None)
+    if match is None:
+        return None
+    found = match.groupdict()
+    which = found.get("matrix") or {"down": "A", "up": "B", None: "alpha"}[found.get("side")]
+    return f"{match['path']}.{found['part']}" if "part" in found else match["path"], which
+
+
 def _by_layer(tensors: Mapping[str, torch.Tensor], problems: list[str]) -> dict[str, dict[str, torch.Tensor]]:
     """Path as it is written -> A, B and alpha."""
     parts: dict[str, dict[str, torch.Tensor]] = {}
     for key in sorted(tensors):
-        match = _TENSOR.fullmatch(key) or _ALPHA.fullmatch(key)
-        if match is None:
+        meaning = _meaning(key)
+        if meaning is None:
             other = next((what for end, what in _OTHERS.items() if end in key), "unexpected; no low-rank factor")
             problems.append(f"{key}: {other}")
             continue
-        found = match.groupdict()
-        which = found.get("matrix") or {"down": "A", "up": "B", None: "alpha"}[found.get("side")]
-        path = match["path"] + (f".to_{match['part']}_lora" if match["processor"] else "")
+        path, which = meaning
         if which in parts.setdefault(path, {}):
             problems.append(f"{key}: a second {which} of {path}")
         parts[path][which] = tensors[key]

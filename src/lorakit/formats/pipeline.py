@@ -27,6 +27,8 @@ _ALONE = {
     "transformer": re.compile(r"(transformer_blocks|single_transformer_blocks)\..+"),
     "text_encoder": re.compile(r"(text_model\.)?encoder\.layers\.\d+\.(self_attn|mlp)\..+"),
 }
+# what language models call `transformer`, which is no component of a pipeline
+_LANGUAGE_MODEL = re.compile(r"transformer\.((h|layer)\.\d+\..+|w[tp]e)")
 _FLATTENED = re.compile(r"(embeddings|encoder\.layers|final_layer_norm)(\..+)?")
 
 
@@ -51,6 +53,8 @@ def split(name: str, alone: str | None) -> FileName | None:
     Returns:
         None where the path belongs to no component.
     """
+    if _LANGUAGE_MODEL.fullmatch(name):
+        return None
     first, _, rest = name.partition(".")
     component = first if first in COMPONENTS and rest else alone
     if component is None:

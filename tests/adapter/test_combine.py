@@ -136,6 +136,23 @@ def test_subtracting_undoes_adding():
     assert all(relative(negated.delta(path), -a.delta(path).double()) < 1e-6 for path in a.factors)
 
 
+def test_a_sum_over_layers_and_stacks_names_each_in_its_own_list():
+    case = CASES["mixtral"]
+    stacks = ("model.layers.0.mlp.experts.down_proj",)
+    handle = attached(
+        case,
+        a={"target_modules": ("q_proj",), "target_parameters": ()},
+        b={"target_modules": (), "target_parameters": stacks},
+    )
+    combined = lorakit.combine([handle.extract("a"), handle.extract("b")])
+    assert combined.config.target_parameters == stacks
+    handle.activate(["a", "b"])
+    expected = case.run(handle.model).detach()
+    handle.load(combined, "ab")
+    handle.activate("ab")
+    torch.testing.assert_close(case.run(handle.model), expected, rtol=1e-4, atol=1e-4)
+
+
 # ---------------------------------------------------------------- truncated ones
 
 

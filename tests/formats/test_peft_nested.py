@@ -9,6 +9,7 @@ from torch import nn
 
 import lorakit
 from adapter.models import CASES, EXPERTS, mixtral, qwen3_moe, randomise
+from core.test_experts import gpt_oss
 from formats.test_peft import change_config, change_tensors, quiet_peft
 from lorakit import Adapter, LoRAConfig
 from lorakit.errors import AdapterFileError
@@ -27,6 +28,42 @@ PATTERNS = {
     "attention": {"rank_pattern": {"cross": 2}, "alpha_pattern": {"first": 3.0}},
     "mixtral": {"rank_pattern": {"experts.down_proj": 2}, "alpha_pattern": {"layers.1.mlp.experts.gate_up_proj": 3.0}},
 }
+
+
+def test_stacks_that_lie_the_other_way_round(tmp_path):
+    """gpt-oss keeps (experts, in, out); PEFT's A and B mean in and out all the same."""
+    torch.manual_seed(0)
+    model, ids = gpt_oss().eval(), torch.arange(20).view(2, 10)
+    config = peft.LoraConfig(r=3, lora_alpha=5, target_modules=["q_proj"], target_parameters=list(EXPERTS))
+    wrapped = quiet_peft(peft.get_peft_model, model, config).eval()
+    with torch.no_grad():
+        for n, p in wrapped.named_parameters():
+            if "lora_" in n:
+                p.normal_(0, 0.2)
+        expected = wrapped(ids).logits
+    quiet_peft(wrapped.save_pretrained, tmp_path / "a")
+    plain = quiet_peft(wrapped.unload)
+    handle = lorakit.attach(plain, tmp_path / "a")
+    with torch.no_grad():
+        torch.testing.assert_close(plain(ids).logits, expected, rtol=1e-4, atol=1e-5)
+        handle.save("default", tmp_path / "b")
+        again = quiet_peft(peft.PeftModel.from_pretrained, handle.detach(), tmp_path / "b").eval()
+        torch.testing.assert_close(again(ids).logits, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("format", ["loralib", "vllm", "gguf", "ollama", "kohya", "diffusers"])
+@pytest.mark.parametrize("name", ["attention", "qwen3 moe"])
+def test_formats_without_attentions_or_experts_say_so_by_path(format, name, tmp_path):
+    case = CASES[name]
+    model = case.build()
+    handle = lorakit.attach(model, LoRAConfig(r=2, **case.what))
+    randomise(handle)
+    with pytest.raises(AdapterFileError) as caught:
+        handle.extract().save(tmp_path / "a", format, model=model)
+    word = "MultiheadAttention" if name == "attention" else "experts"
+    assert any(path in str(caught.value) for path in handle.extract().factors)
+    assert word in str(caught.value)
+    assert not (tmp_path / "a").exists()
 
 
 @pytest.fixture(autouse=True)

@@ -9,7 +9,7 @@ from lorakit.adapter import fingerprint
 from lorakit.adapter.config import LoRAConfig
 from lorakit.adapter.targets import find_targets
 from lorakit.adapter.value import Adapter, Factors
-from lorakit.core.layer import base_modules, base_parameters
+from lorakit.core.layer import base_modules, base_parameters, bias_name
 
 
 def blank_adapter(model: nn.Module, config: LoRAConfig) -> Adapter:
@@ -28,7 +28,7 @@ def blank_adapter(model: nn.Module, config: LoRAConfig) -> Adapter:
         config=config,
         base=fingerprint.of(model, list(base_parameters(model).items())),
         factors=factors,
-        biases={path: _blank(modules[path].get_parameter("bias")) for path in targets.biases},
+        biases={path: _blank(modules[path].get_parameter(bias_name(modules[path]))) for path in targets.biases},
         replaced={
             f"{path}.{name}": _blank(tensor)
             for path in targets.replaced

@@ -168,6 +168,17 @@ def whole_tensors(adapter: Adapter, consumer: str) -> list[str]:
     ]
 
 
+def plain_layers(adapter: Adapter, consumer: str) -> list[str]:
+    """The obstacles of a format that knows neither torch's MultiheadAttention nor stacked experts."""
+    return [
+        f"{path}: of torch's MultiheadAttention, which {consumer} does not adapt"
+        if f.kind == "attention"
+        else f"{path}: stacked experts, whose updates {consumer} does not read as lorakit and PEFT write them"
+        for path, f in adapter.factors.items()
+        if f.kind in ("attention", "experts")
+    ]
+
+
 def our_metadata(adapter: Adapter) -> str:
     """What lorakit knows of an adapter and no other tool asks for, as a string for a file's header."""
     base = asdict(adapter.base) if adapter.base else None

@@ -36,7 +36,8 @@ from lorakit.formats.assembly import (
 )
 from lorakit.formats.codec import Context
 from lorakit.formats.lycoris import scale
-from lorakit.formats.peft import by_pattern, read_config
+from lorakit.formats.peft import read_config
+from lorakit.formats.peft_nested import by_pattern
 from lorakit.formats.pipeline import FileName, Layers
 
 _SETTINGS = "lora_adapter_metadata"  # key in the header

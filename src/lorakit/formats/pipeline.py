@@ -124,7 +124,9 @@ def obstacles(adapter: Adapter, base: BaseFacts | None) -> list[str]:
     else:
         problems += [f"{path}: of no component of a diffusion pipeline" for path in strange]
     for path, f in adapter.factors.items():
-        if f.kind == "embedding":
+        if f.kind in ("attention", "experts"):
+            problems.append(f"{path}: the update of {'a MultiheadAttention' if f.kind == 'attention' else 'experts'}")
+        elif f.kind == "embedding":
             problems.append(f"{path}: the update of an embedding")
         elif f.B.ndim > 1 and f.B.shape[1] != f.r:
             problems.append(f"{path}: the update of a grouped convolution")

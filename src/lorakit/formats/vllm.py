@@ -15,7 +15,7 @@ from pathlib import Path
 from lorakit import files
 from lorakit.adapter.value import Adapter
 from lorakit.formats import peft
-from lorakit.formats.codec import Context, whole_tensors
+from lorakit.formats.codec import Context, plain_layers, whole_tensors
 
 COMMAND_FILE = "vllm-serve.txt"
 MAX_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
@@ -29,7 +29,7 @@ def recognises(path: Path) -> bool:
 
 def obstacles(adapter: Adapter, context: Context) -> list[str]:
     """Trained biases and modules, layers that are neither linear nor the token embedding, and large ranks."""
-    problems = whole_tensors(adapter, "vLLM")
+    problems = whole_tensors(adapter, "vLLM") + plain_layers(adapter, "vLLM")
     for path, f in adapter.factors.items():
         if f.kind == "convolution":
             problems.append(f"{path}: a convolution, which vLLM does not adapt")

@@ -37,11 +37,13 @@ class Targets:
         layers: layers that get a low-rank update, in the model's order.
         biases: paths of modules whose bias is trained.
         replaced: paths of modules trained whole.
+        tokens: path of the embedding of which rows are trained, and of every head tied to it; the embedding first.
     """
 
     layers: tuple[Target, ...]
     biases: tuple[str, ...]
     replaced: tuple[str, ...]
+    tokens: tuple[str, ...] = ()
 
 
 def find_targets(model: nn.Module, config: LoRAConfig) -> Targets:
@@ -94,11 +96,12 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> Targets:
         also = path if path in alphas or site.kind != "attention" else path.removesuffix(".out_proj")
         layers.append(Target(path, module, site, int(ranks.get(known, config.r)), alphas.get(also, config.alpha)))
     biases = _biases(candidates, chosen, config.bias, problems)
+    tokens = _embedding_and_tied(model, modules, config.trainable_tokens, [*chosen, *replaced], problems)
     if problems:
         raise TargetError(
             f"{type(model).__name__}: {len(problems)} problem(s) in the adapter's config:\n{bullet_list(problems)}"
         )
-    return Targets(tuple(layers), biases, tuple(replaced))
+    return Targets(tuple(layers), biases, tuple(replaced), tokens)
 
 
 def output_head(model: nn.Module) -> nn.Module | None:
@@ -248,6 +251,41 @@ def _why_not(module: nn.Module) -> str:
         f"{name} is no layer lorakit knows how to adapt (Linear, transformers Conv1D, Embedding, Conv1d/2d/3d, "
         "each with its own forward)"
     )
+
+
+def _embedding_and_tied(
+    model: nn.Module,
+    modules: Mapping[str, nn.Module],
+    tokens: Sequence[int],
+    taken: Sequence[str],
+    problems: list[str],
+) -> tuple[str, ...]:
+    """Paths of the input embedding and of the linear layers that have its weight too."""
+    if not tokens:
+        return ()
+    getter = getattr(model, "get_input_embeddings", None)
+    named = getter() if callable(getter) else None
+    embeddings = [path for path, m in modules.items() if isinstance(m, nn.Embedding) and named in (None, m)]
+    if len(embeddings) != 1:
+        problems.append(
+            f"trainable_tokens: {type(model).__name__} has {len(embeddings)} embeddings and does not say which one is "
+            "for tokens; train it by modules_to_save or target_modules instead"
+        )
+        return ()
+    embedding = modules[embeddings[0]]
+    weight = embedding.get_parameter("weight")
+    if site_of(embedding) is None:
+        problems.append(f"trainable_tokens: {embeddings[0]}: {_why_not(embedding)}")
+    if max(tokens) >= len(weight):
+        problems.append(f"trainable_tokens: {max(tokens)} is no row of {embeddings[0]}, which has {len(weight)}")
+    tied = [p for p, m in modules.items() if m is not embedding and m._parameters.get("weight") is weight]
+    both = [path for path in (embeddings[0], *tied) if path in taken]
+    if both:
+        problems.append(
+            f"trainable_tokens: {' and '.join(both)} cannot also be adapted or trained whole: leave it out of "
+            "target_modules and modules_to_save, or drop trainable_tokens"
+        )
+    return (embeddings[0], *tied)
 
 
 def _biases(

@@ -108,11 +108,21 @@ def base_only(model: nn.Module) -> Iterator[None]:
 
 
 class AttachedAdapters:
-    """All adapters of one model, by name. Made by `attach`; `adapters(model)` finds it again."""
+    """All adapters of one model, by name. Made by `attach`; `adapters(model)` finds it again.
+
+    Attributes:
+        state_class: of what all adapted layers share.
+        layer_class: what a layer with an update is given in its class.
+        replaced_class: the same for a module trained whole. A facade shows its own names on them.
+    """
+
+    state_class: type[ActiveState] = ActiveState
+    layer_class: type[AdaptedLayer] = AdaptedLayer
+    replaced_class: type[ReplacedModule] = ReplacedModule
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self._state = ActiveState()
+        self._state = self.state_class()
         self._residents: dict[str, _Resident] = {}
         self._slots = 0
         self._base_flags: list[tuple[nn.Parameter, bool]] = []
@@ -529,7 +539,9 @@ class AttachedAdapters:
             update = updates[path]
             site = site_of(module)
             weight = next(module.parameters())
-            adapted = adapt(module, ReplacedModule if isinstance(update, Replacement) else AdaptedLayer, self._state)
+            adapted = adapt(
+                module, self.replaced_class if isinstance(update, Replacement) else self.layer_class, self._state
+            )
             if isinstance(adapted, AdaptedLayer):
                 adapted.lorakit_site = site
             update.requires_grad_(trainable).train(module.training)

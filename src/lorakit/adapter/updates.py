@@ -60,8 +60,8 @@ def _fresh_lora(config: LoRAConfig, target: Target, seed: int) -> LoRA:
     base_weight_of(target.module, target.path)  # refuses a storage that cannot be read
     shape_A, shape_B = target.site.shapes(target.module, target.r, target.path)
     # an embedding looks up columns of A: its default starts with A zero, so that no rare token begins with a random row
-    by_default = initializers.zero_A if target.site is EMBEDDING else initializers.default
-    initializer = by_default if config.init == "default" else initializers.INITIALIZERS[config.init]
+    by_name = initializers.FOR_EMBEDDINGS if target.site is EMBEDDING else initializers.INITIALIZERS
+    initializer = by_name[config.init]
     if len(shape_A) > 2 and config.init == "orthogonal":
         raise ConfigError(f"{target.path}: init 'orthogonal' is defined for matrices, not for convolutions")
     start = initializer(shape_A, shape_B, _seeded(seed, target.path))

@@ -7,7 +7,7 @@ weight stays where it is, and whoever asks `isinstance(layer, nn.Linear)` or rea
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import nn
@@ -105,7 +105,13 @@ class AdaptedLayer(AdaptedModule):
 
 
 class ReplacedModule(AdaptedModule):
-    """A module of which adapters hold whole trained copies (`modules_to_save`)."""
+    """A module of which adapters hold whole trained copies (`modules_to_save`).
+
+    Attributes:
+        container: the class for modules whose forward runs over their children.
+    """
+
+    container: ClassVar[type[ReplacedModule]]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The base, or the module with the parameters that the active copies make; on a route, each row by its own."""
@@ -146,6 +152,9 @@ class ReplacedContainer(ReplacedModule):
 
     def __len__(self) -> int:
         return len(self._modules) - 1
+
+
+ReplacedModule.container = ReplacedContainer
 
 
 def base_modules(model: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
@@ -198,7 +207,7 @@ _subclasses: dict[tuple[type, type], type[AdaptedModule]] = {}
 def _subclass(mixin: type[AdaptedModule], base: type[nn.Module]) -> type[AdaptedModule]:
     if (mixin, base) in _subclasses:
         return _subclasses[mixin, base]
-    name = f"{'Adapted' if mixin is AdaptedLayer else 'Replaced'}{base.__name__}"
+    name = f"{'Adapted' if issubclass(mixin, AdaptedLayer) else 'Replaced'}{base.__name__}"
     made = type(name, (mixin, base), {"__module__": base.__module__, "__doc__": base.__doc__})
     return _subclasses.setdefault((mixin, base), made)
 
@@ -213,8 +222,8 @@ def adapt(module: nn.Module, mixin: type[AdaptedModule], state: ActiveState) -> 
     if isinstance(module, AdaptedModule):
         assert isinstance(module, mixin), "a module is adapted or replaced, never both"
         return module
-    if mixin is ReplacedModule and hasattr(module, "__iter__"):
-        mixin = ReplacedContainer
+    if issubclass(mixin, ReplacedModule) and hasattr(module, "__iter__"):
+        mixin = mixin.container
     module.__class__ = _subclass(mixin, type(module))
     adapted = cast("AdaptedModule", module)
     adapted.lorakit_updates = nn.ModuleDict()
@@ -225,8 +234,8 @@ def adapt(module: nn.Module, mixin: type[AdaptedModule], state: ActiveState) -> 
 def restore(module: AdaptedModule) -> nn.Module:
     """Give a module its own class back; nothing of lorakit stays in it."""
     del module.lorakit_updates
-    for name in ("lorakit_state", "lorakit_site"):
-        module.__dict__.pop(name, None)
+    for name in [name for name in module.__dict__ if name.startswith("lorakit_")]:
+        del module.__dict__[name]
     module.__class__ = type(module).__bases__[1]
     return module
 

@@ -1,0 +1,311 @@
+"""PEFT's functions: make a model, take state dicts out and put them in."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from lorakit.adapter.attach import adapters
+from lorakit.compat.peft.config import LoraConfig, PeftConfig, TaskType
+from lorakit.compat.peft.errors import MismatchError, PeftValueError, UnsupportedError
+from lorakit.compat.peft.files import adapter_folder
+from lorakit.compat.peft.layers import BaseTunerLayer, key_map
+from lorakit.compat.peft.model import TASK_CLASSES, PeftModel
+from lorakit.compat.peft.tuner import LoraModel, PeftAdapters
+from lorakit.core.layer import base_modules
+from lorakit.errors import AdapterError, bullet_list, nearest
+
+PREFIX = "base_model.model."
+
+
+def get_peft_model(
+    model: nn.Module,
+    peft_config: PeftConfig,
+    adapter_name: str = "default",
+    mixed: bool = False,
+    autocast_adapter_dtype: bool = True,
+    revision: str | None = None,
+    low_cpu_mem_usage: bool = False,
+) -> PeftModel:
+    """Give `model` a fresh adapter, in place, and wrap it in the class of the config's task.
+
+    Args:
+        model: any module with layers that multiply.
+        peft_config: a LoraConfig.
+        adapter_name: any non-empty string.
+        mixed: False; this version has one method to mix.
+        autocast_adapter_dtype: hold the adapter in fp32 whatever the model's dtype; else in the layers' own.
+        revision: of the base, noted in the config.
+        low_cpu_mem_usage: without effect.
+
+    Raises:
+        UnsupportedError: another method than LoRA, or a feature of it that this version has not.
+        TargetError: a target, pattern or module to save that matches nothing; the model is untouched.
+    """
+    if mixed:
+        raise UnsupportedError("mixed=True: this version has one method, LoRA")
+    if not isinstance(peft_config, LoraConfig):
+        raise UnsupportedError(f"{type(peft_config).__name__}: this version has LoRA")
+    if "_lorakit" in model.__dict__:
+        raise PeftValueError(
+            "this model has adapters already; use add_adapter on its PeftModel, or call .unload() on it before"
+        )
+    peft_config.base_model_name_or_path = model.__dict__.get("name_or_path") or None
+    if revision is not None:
+        peft_config.revision = revision
+    made = TASK_CLASSES.get(peft_config.task_type or "", PeftModel)
+    return made(model, peft_config, adapter_name=adapter_name, autocast_adapter_dtype=autocast_adapter_dtype)
+
+
+def inject_adapter_in_model(
+    peft_config: PeftConfig,
+    model: nn.Module,
+    adapter_name: str = "default",
+    low_cpu_mem_usage: bool = False,
+    state_dict: Mapping[str, torch.Tensor] | None = None,
+) -> nn.Module:
+    """Give `model` a fresh adapter, in place, without a wrapper around it, and return it."""
+    if state_dict is not None:
+        raise UnsupportedError("inject_adapter_in_model: state_dict is not in this version")
+    if not isinstance(peft_config, LoraConfig):
+        raise UnsupportedError(f"{type(peft_config).__name__}: this version has LoRA")
+    LoraModel(model, peft_config, adapter_name)
+    return model
+
+
+def _inner(model: nn.Module) -> tuple[nn.Module, PeftAdapters, str]:
+    """(model with adapters in it, its handle, prefix of its names)."""
+    inner = getattr(model, "_orig_mod", model)
+    prefix = ""
+    if isinstance(inner, PeftModel):
+        inner, prefix = inner.get_base_model(), PREFIX
+    elif isinstance(inner, LoraModel):
+        inner, prefix = inner.model, "model."
+    handle = adapters(inner)
+    if not isinstance(handle, PeftAdapters):
+        raise AdapterError("this model's adapters are lorakit.attach's: use lorakit.adapters(model).extract(name)")
+    return inner, handle, prefix
+
+
+def get_peft_model_state_dict(
+    model: nn.Module,
+    state_dict: Mapping[str, torch.Tensor] | None = None,
+    adapter_name: str = "default",
+    unwrap_compiled: bool = False,
+    save_embedding_layers: str | bool = "auto",
+) -> dict[str, torch.Tensor]:
+    """An adapter's tensors under the names they have in files: `base_model.model.<path>.lora_A.weight` ...
+
+    Args:
+        model: a PeftModel, or a model adapters were injected into (then without `base_model.model.`).
+        state_dict: taken from this one; None: from the model.
+        adapter_name: which.
+        unwrap_compiled: without effect, a compiled model is always unwrapped.
+        save_embedding_layers: not True; base weights do not belong to an adapter.
+    """
+    if save_embedding_layers is True:
+        raise UnsupportedError("save_embedding_layers=True: name the embedding in modules_to_save")
+    inner, handle, prefix = _inner(model)
+    handle._resident(adapter_name)
+    source = {prefix + k: v for k, v in inner.state_dict().items()} if state_dict is None else state_dict
+    return {prefix + name: source[prefix + key] for key, name in key_map(inner, adapter_name).items()}
+
+
+def set_peft_model_state_dict(
+    model: nn.Module,
+    peft_model_state_dict: Mapping[str, torch.Tensor],
+    adapter_name: str = "default",
+    ignore_mismatched_sizes: bool = False,
+    low_cpu_mem_usage: bool = False,
+) -> Any:
+    """Put tensors under their names in files into an adapter of the model.
+
+    Returns:
+        `missing_keys` and `unexpected_keys`, both empty.
+
+    Raises:
+        MismatchError: a tensor is missing, unexpected or of another shape; nothing is changed.
+    """
+    if ignore_mismatched_sizes:
+        raise UnsupportedError("ignore_mismatched_sizes is not in this version: what does not fit is not loaded")
+    inner, handle, prefix = _inner(model)
+    handle._resident(adapter_name)
+    own = dict(inner.state_dict(keep_vars=True))
+    places = {prefix + name: own[key] for key, name in key_map(inner, adapter_name).items()}
+    given = dict(peft_model_state_dict)
+    if prefix and given and not any(name.startswith(prefix) for name in given):
+        given = {prefix + name: tensor for name, tensor in given.items()}
+    problems = [f"missing: {name} {tuple(t.shape)}" for name, t in places.items() if name not in given]
+    for name, tensor in given.items():
+        if name not in places:
+            guess = nearest(name, places, 1)
+            problems.append(f"unexpected: {name}" + (f"; nearest is {guess[0]}" if guess else ""))
+        elif tensor.shape != places[name].shape:
+            problems.append(f"size mismatch for {name}: {tuple(tensor.shape)}, the model has {tuple(places[name].shape)}")
+    if problems:
+        raise MismatchError(f"nothing was loaded into adapter {adapter_name!r}:\n{bullet_list(problems)}")
+    with torch.no_grad():
+        for name, tensor in given.items():
+            places[name].copy_(tensor)
+    return torch.nn.modules.module._IncompatibleKeys([], [])
+
+
+def get_base_model_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The base's tensors under the base's own names."""
+    inner, handle, _ = _inner(model)
+    found: dict[str, torch.Tensor] = {}
+    with handle.unfolded():
+        for path, module in base_modules(inner):
+            plain = module.plain() if isinstance(module, BaseTunerLayer) else module
+            dot = f"{path}." if path else ""
+            found |= {dot + name: p for name, p in plain._parameters.items() if p is not None}
+            found |= {
+                dot + name: b
+                for name, b in plain._buffers.items()
+                if b is not None and name not in plain._non_persistent_buffers_set
+            }
+    return found
+
+
+def set_base_model_state_dict(model: nn.Module, state_dict: Mapping[str, torch.Tensor], strict: bool = True) -> Any:
+    """Put tensors under the base's own names into the base.
+
+    Raises:
+        MismatchError: with `strict`, a tensor is missing or unexpected; a shape differs.
+    """
+    own = get_base_model_state_dict(model)
+    missing, unexpected = [n for n in own if n not in state_dict], [n for n in state_dict if n not in own]
+    problems = [f"Missing key: {n}" for n in missing] + [f"Unexpected key: {n}" for n in unexpected] if strict else []
+    problems += [
+        f"size mismatch for {n}" for n, t in state_dict.items() if n in own and own[n].shape != t.shape
+    ]
+    if problems:
+        raise MismatchError(f"nothing was loaded into the base:\n{bullet_list(problems)}")
+    with torch.no_grad():
+        for name, tensor in state_dict.items():
+            if name in own:
+                own[name].copy_(tensor)
+    return torch.nn.modules.module._IncompatibleKeys(missing, unexpected)
+
+
+def prepare_model_for_kbit_training(
+    model: Any,
+    use_gradient_checkpointing: bool = True,
+    gradient_checkpointing_kwargs: dict[str, Any] | None = None,
+    auto_clear_cache: bool = True,
+) -> Any:
+    """Freeze the model, hold what is left in half precision in fp32, and turn gradient checkpointing on.
+
+    Args:
+        model: a transformers model.
+        use_gradient_checkpointing: whether to turn it on.
+        gradient_checkpointing_kwargs: for `model.gradient_checkpointing_enable`.
+        auto_clear_cache: without effect.
+    """
+    quantised = any(getattr(model, name, False) for name in ("is_loaded_in_8bit", "is_loaded_in_4bit", "is_quantized"))
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+        if not quantised and parameter.dtype in (torch.float16, torch.bfloat16):
+            parameter.data = parameter.data.float()
+    if use_gradient_checkpointing:
+        if hasattr(model, "enable_input_require_grads"):
+            model.enable_input_require_grads()
+        if hasattr(model, "gradient_checkpointing_enable"):
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=gradient_checkpointing_kwargs or {})
+    return model
+
+
+class AutoPeftModel:
+    """Load an adapter together with its base, which its config names."""
+
+    task: ClassVar[str | None] = None
+    auto_class: ClassVar[str] = "AutoModel"
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        adapter_name: str = "default",
+        is_trainable: bool = False,
+        config: PeftConfig | None = None,
+        revision: str | None = None,
+        **kwargs: Any,
+    ) -> PeftModel:
+        """Load both.
+
+        Args:
+            pretrained_model_name_or_path: the adapter's folder or repository.
+            adapter_name: its name in the model.
+            is_trainable: whether it can be trained further.
+            config: to use in place of the file's.
+            revision: of the adapter.
+            **kwargs: for the base's `from_pretrained` (dtype ...), and `subfolder`, `token`.
+
+        Raises:
+            PeftValueError: the adapter does not name its base, or is for another task.
+        """
+        import transformers
+
+        own = {name: kwargs.pop(name) for name in ("subfolder",) if name in kwargs}
+        shared = {name: kwargs[name] for name in ("token", "cache_dir") if name in kwargs}
+        folder = adapter_folder(pretrained_model_name_or_path, revision=revision, **own, **shared)
+        found = PeftConfig.from_pretrained(folder) if config is None else config
+        task = found.task_type
+        if cls.task is not None and task is not None and task != cls.task:
+            raise PeftValueError(f"Expected an adapter for {cls.task}, but this one is for {task}")
+        if not found.base_model_name_or_path:
+            raise PeftValueError(f"{folder}: does not name its base; load the base and use PeftModel.from_pretrained")
+        loader = getattr(transformers, _AUTO_CLASSES.get(cls.task or task or "", cls.auto_class))
+        base = loader.from_pretrained(found.base_model_name_or_path, revision=found.revision, **kwargs)
+        made = TASK_CLASSES.get(cls.task or task or "", PeftModel)
+        return made.from_pretrained(base, folder, adapter_name, is_trainable=is_trainable, config=config)
+
+
+_AUTO_CLASSES = {
+    TaskType.CAUSAL_LM: "AutoModelForCausalLM",
+    TaskType.SEQ_2_SEQ_LM: "AutoModelForSeq2SeqLM",
+    TaskType.SEQ_CLS: "AutoModelForSequenceClassification",
+    TaskType.TOKEN_CLS: "AutoModelForTokenClassification",
+    TaskType.QUESTION_ANS: "AutoModelForQuestionAnswering",
+    TaskType.FEATURE_EXTRACTION: "AutoModel",
+}
+
+
+class AutoPeftModelForCausalLM(AutoPeftModel):
+    """For language models."""
+
+    task = TaskType.CAUSAL_LM
+
+
+class AutoPeftModelForSeq2SeqLM(AutoPeftModel):
+    """For encoder-decoders."""
+
+    task = TaskType.SEQ_2_SEQ_LM
+
+
+class AutoPeftModelForSequenceClassification(AutoPeftModel):
+    """For classifiers."""
+
+    task = TaskType.SEQ_CLS
+
+
+class AutoPeftModelForTokenClassification(AutoPeftModel):
+    """For token classifiers."""
+
+    task = TaskType.TOKEN_CLS
+
+
+class AutoPeftModelForQuestionAnswering(AutoPeftModel):
+    """For span finders."""
+
+    task = TaskType.QUESTION_ANS
+
+
+class AutoPeftModelForFeatureExtraction(AutoPeftModel):
+    """For encoders."""
+
+    task = TaskType.FEATURE_EXTRACTION

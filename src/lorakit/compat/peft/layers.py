@@ -1,0 +1,398 @@
+"""Adapted layers as PEFT shows them: `isinstance(module, LoraLayer)`, `module.lora_A["default"].weight`,
+`module.base_layer`, and PEFT's names in `named_parameters()` and `state_dict()`.
+
+lorakit's layer stays the object it was. These classes are what the facade gives it for its class, in place of
+`AdaptedLayer`; they compute nothing, and every attribute is read from lorakit's own objects.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from lorakit.compat.peft import views
+from lorakit.compat.peft.errors import PeftValueError
+from lorakit.core import lowrank
+from lorakit.core.active import ActiveState, Route
+from lorakit.core.deltas import LayerUpdate, LoRA, Replacement
+from lorakit.core.layer import AdaptedLayer, AdaptedModule, ReplacedContainer, ReplacedModule
+from lorakit.core.sites import EMBEDDING, TransposedLinearSite
+
+FACTORS = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
+
+
+class PeftState(ActiveState):
+    """What all layers of a model share, and what PEFT's layers know besides.
+
+    Attributes:
+        names: slot -> adapter name.
+        chosen: active adapters, whether they are switched off or not.
+        off: all adapters are switched off (`disable_adapter_layers`).
+        merged: adapters folded into the weights, in the order of merging.
+        rslora: names of adapters whose scale is alpha / sqrt(r).
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: dict[str, str] = {}
+        self.chosen: tuple[str, ...] = ()
+        self.off = False
+        self.merged: tuple[str, ...] = ()
+        self.rslora: set[str] = set()
+
+
+class BaseTunerLayer(AdaptedModule):
+    """What PEFT's layers have in common: which adapters are here, active, merged, switched off."""
+
+    lorakit_state: PeftState
+    adapter_layer_names: tuple[str, ...] = ()
+    other_param_names: tuple[str, ...] = ()
+
+    def parts(self) -> Iterator[tuple[str, nn.Module]]:
+        """What PEFT has as submodules here, by PEFT's names."""
+        raise NotImplementedError
+
+    def key_map(self) -> Iterator[tuple[str, str]]:
+        """(PEFT's, our) name of every tensor in this module, relative to it."""
+        raise NotImplementedError
+
+    def here(self) -> dict[str, nn.Module]:
+        """Adapter name -> what it changes here, oldest first."""
+        names = self.lorakit_state.names
+        return {names[slot]: update for slot, update in self.lorakit_updates.items() if slot in names}
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """Active adapters of the model (of those here too, as in PEFT, where each layer has its own list)."""
+        return list(self.lorakit_state.chosen)
+
+    @property
+    def active_adapter(self) -> str | list[str]:
+        """The active adapter, or their list."""
+        names = self.active_adapters
+        return names[0] if len(names) == 1 else names
+
+    @property
+    def disable_adapters(self) -> bool:
+        """Whether adapters are switched off, for all or for this thread."""
+        state = self.lorakit_state
+        return state.off or (state.in_block and not state.folded and not _routed(state))
+
+    @property
+    def merged_adapters(self) -> list[str]:
+        """Adapters folded into this layer's weight."""
+        here = self.here()
+        return [name for name in self.lorakit_state.merged if name in here]
+
+    @property
+    def merged(self) -> bool:
+        """Whether any adapter is folded into this layer's weight."""
+        return bool(self.merged_adapters)
+
+    @property
+    def base_layer(self) -> nn.Module:
+        """The layer without adapters: its own class, sharing parameters, buffers and hooks with it."""
+        return self.plain()
+
+    def get_base_layer(self) -> nn.Module:
+        """`base_layer`."""
+        return self.base_layer
+
+    def plain(self, **replaced: nn.Parameter) -> nn.Module:
+        """This module as it was before adapting; `replaced` parameters stand in place of its own."""
+        base = type(self).__bases__[1]
+        view = cast("nn.Module", base.__new__(base))
+        view.__dict__.update({k: v for k, v in self.__dict__.items() if not k.startswith("lorakit_")})
+        view.__dict__["_modules"] = {k: v for k, v in self._modules.items() if k != "lorakit_updates"}
+        if replaced:
+            view.__dict__["_parameters"] = {**self._parameters, **replaced}
+        return view
+
+    # ------------------------------------------------------------ PEFT's names wherever torch asks for names
+
+    def named_modules(
+        self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Module]]:
+        """As torch's, with PEFT's submodules in place of ours."""
+        memo = set() if memo is None else memo
+        if self in memo:
+            return
+        memo.add(self)
+        yielded = False
+        for name, part in self.parts():
+            path = f"{prefix}.{name}" if prefix and name else prefix or name
+            if name and not yielded and name not in ("base_layer", "original_module"):
+                yielded = True
+                yield prefix, self
+            # the base comes before the layer itself: the name under which a parameter is met first is the one it has
+            yield from part.named_modules(memo, path, remove_duplicate)
+        if not yielded:
+            yield prefix, self
+
+    def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
+        """As torch's, under PEFT's names."""
+        if destination is None:
+            destination = OrderedDict()
+            destination._metadata = OrderedDict()
+        for name, part in self.parts():
+            part.state_dict(destination=destination, prefix=f"{prefix}{name}." if name else prefix, keep_vars=keep_vars)
+        return destination
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        for theirs, ours in list(self.key_map()):
+            if prefix + theirs in state_dict:
+                state_dict[prefix + ours] = state_dict.pop(prefix + theirs)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def _routed(state: PeftState) -> bool:
+    return isinstance(state.current(), Route)
+
+
+class LoraLayer(BaseTunerLayer, AdaptedLayer):
+    """An adapted layer with PEFT's attributes."""
+
+    adapter_layer_names = FACTORS
+    other_param_names = ("r", "lora_alpha", "scaling", "lora_dropout")
+
+    def loras(self) -> dict[str, LoRA]:
+        """Adapter name -> its low-rank update of this layer."""
+        found = {name: cast("LayerUpdate", update).lora for name, update in self.here().items()}
+        return {name: lora for name, lora in found.items() if lora is not None}
+
+    def parts(self) -> Iterator[tuple[str, nn.Module]]:
+        """`base_layer`, then the factors; a layer of which only the bias is trained has no parts but itself."""
+        if not self.loras():
+            yield "", self._with_trained_bias()
+            return
+        yield "base_layer", self._with_trained_bias()
+        for name in ("lora_dropout", *FACTORS):
+            yield name, getattr(self, name)
+
+    def key_map(self) -> Iterator[tuple[str, str]]:
+        """(PEFT's, our) tensor names."""
+        base = "base_layer." if self.loras() else ""
+        trained = self._trained_bias()
+        for name in self._parameters:
+            slot = trained[0] if name == "bias" and trained else None
+            yield base + name, name if slot is None else f"lorakit_updates.{slot}.bias"
+        names = self.lorakit_state.names
+        for slot, update in self.lorakit_updates.items():
+            if cast("LayerUpdate", update).lora is not None and slot in names:
+                for letter in "AB":
+                    yield self._factor_key(letter, names[slot]), f"lorakit_updates.{slot}.lora.{letter}"
+
+    def _factor_key(self, letter: str, name: str) -> str:
+        if self.lorakit_site is EMBEDDING:
+            return f"lora_embedding_{letter}.{name}"
+        return f"lora_{letter}.{name}.weight"
+
+    def _trained_bias(self) -> tuple[str, nn.Parameter] | None:
+        """(slot, the bias an adapter trains here); PEFT allows one such adapter a model."""
+        for slot, update in self.lorakit_updates.items():
+            bias = cast("LayerUpdate", update).bias
+            if bias is not None:
+                return slot, bias
+        return None
+
+    def _with_trained_bias(self) -> nn.Module:
+        trained = self._trained_bias()
+        return self.plain() if trained is None else self.plain(bias=trained[1])
+
+    def _factors(self, letter: str) -> dict[str, nn.Module]:
+        """Views by adapter name; each is made once and follows its LoRA."""
+        if self.lorakit_site is EMBEDDING:
+            return {}
+        cache = self.__dict__.setdefault("lorakit_views", {})
+        found = {}
+        for name, lora in self.loras().items():
+            view = cache.get((name, letter))
+            if view is None or view.source[0] is not lora:
+                view = cache[name, letter] = views.factor(lora, letter, self)
+            view._parameters["weight"] = getattr(lora, letter)
+            found[name] = view
+        return found
+
+    def _embedding_factors(self, letter: str) -> dict[str, nn.Parameter]:
+        if self.lorakit_site is not EMBEDDING:
+            return {}
+        return {name: getattr(lora, letter) for name, lora in self.loras().items()}
+
+    @property
+    def lora_A(self) -> views.ByName:
+        """Adapter name -> A."""
+        return views.ByName(self._factors("A"))
+
+    @property
+    def lora_B(self) -> views.ByName:
+        """Adapter name -> B."""
+        return views.ByName(self._factors("B"))
+
+    @property
+    def lora_embedding_A(self) -> views.ParametersByName:
+        """Adapter name -> A of an embedding."""
+        return views.ParametersByName(self._embedding_factors("A"))
+
+    @property
+    def lora_embedding_B(self) -> views.ParametersByName:
+        """Adapter name -> B of an embedding."""
+        return views.ParametersByName(self._embedding_factors("B"))
+
+    @property
+    def lora_magnitude_vector(self) -> views.ByName:
+        """Empty: this version has no DoRA."""
+        return views.ByName({})
+
+    @property
+    def lora_dropout(self) -> views.ByName:
+        """Adapter name -> dropout before A."""
+        return views.ByName({name: views.Dropout(lora) for name, lora in self.loras().items()})
+
+    @property
+    def scaling(self) -> views.PerAdapter:
+        """Adapter name -> factor before B A; setting one sets it."""
+        return views.PerAdapter(self.loras(), lambda lora: lora.s, lambda lora, value: setattr(lora, "s", value))
+
+    @property
+    def r(self) -> views.PerAdapter:
+        """Adapter name -> rank."""
+        return views.PerAdapter(self.loras(), lambda lora: lora.r)
+
+    @property
+    def lora_alpha(self) -> views.PerAdapter:
+        """Adapter name -> numerator of the scale."""
+        return views.PerAdapter(
+            self.loras(), lambda lora: int(lora.alpha) if lora.alpha == int(lora.alpha) else lora.alpha
+        )
+
+    @property
+    def use_rslora(self) -> dict[str, bool]:
+        """Adapter name -> whether its scale is alpha / sqrt(r)."""
+        return {name: name in self.lorakit_state.rslora for name in self.loras()}
+
+    @property
+    def use_dora(self) -> dict[str, bool]:
+        """Adapter name -> False."""
+        return dict.fromkeys(self.loras(), False)
+
+    @property
+    def lora_bias(self) -> dict[str, bool]:
+        """Adapter name -> False."""
+        return dict.fromkeys(self.loras(), False)
+
+    @property
+    def fan_in_fan_out(self) -> bool:
+        """Whether the weight lies (in, out)."""
+        return isinstance(self.lorakit_site, TransposedLinearSite)
+
+    def get_delta_weight(self, adapter: str) -> torch.Tensor:
+        """The dense update of one adapter, scale included, in the layout and dtype of the layer's weight."""
+        lora, weight = self.loras()[adapter], self.get_parameter("weight")
+        assert self.lorakit_site is not None, "a layer with a LoRA has a site"
+        return lora.dense(self.lorakit_site).to(weight)
+
+    # ------------------------------------------------------------ scale
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Make the scale the config's times `scale`."""
+        if adapter in self.loras():
+            self.scaling[adapter] = scale * self._own_scale(adapter)
+
+    def scale_layer(self, scale: float) -> None:
+        """Multiply the scales of active adapters."""
+        for name in self._active_here():
+            self.scaling[name] *= scale
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Divide the scales of active adapters, or make them the config's again."""
+        for name in self._active_here():
+            self.scaling[name] = self._own_scale(name) if scale is None else self.scaling[name] / scale
+
+    def _own_scale(self, name: str) -> float:
+        scaling = "rslora" if self.use_rslora[name] else "lora"
+        return lowrank.scale(self.lora_alpha[name], self.r[name], scaling)
+
+    def _active_here(self) -> list[str]:
+        return [name for name in self.active_adapters if name in self.loras()]
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Not layer by layer.
+
+        Raises:
+            PeftValueError: always; a model is merged as a whole.
+        """
+        raise PeftValueError("layers are merged together: model.merge_adapter() and model.unmerge_adapter()")
+
+    def unmerge(self) -> None:
+        """As `merge`."""
+        self.merge()
+
+
+class AuxiliaryTrainingWrapper(BaseTunerLayer):
+    """PEFT's parent of what is trained whole."""
+
+
+class ModulesToSaveWrapper(AuxiliaryTrainingWrapper, ReplacedModule):
+    """A module of which adapters hold whole trained copies, with PEFT's attributes."""
+
+    def copies(self) -> dict[str, nn.Module]:
+        """Adapter name -> its copy."""
+        return {name: cast("Replacement", update).copy for name, update in self.here().items()}
+
+    def parts(self) -> Iterator[tuple[str, nn.Module]]:
+        """`original_module` and `modules_to_save`."""
+        yield "original_module", self.original_module
+        yield "modules_to_save", self.modules_to_save
+
+    def key_map(self) -> Iterator[tuple[str, str]]:
+        """(PEFT's, our) tensor names."""
+        for name in self.plain().state_dict():
+            yield f"original_module.{name}", name
+        for slot, update in self.lorakit_updates.items():
+            for name in cast("Replacement", update).copy.state_dict():
+                adapter = self.lorakit_state.names[slot]
+                yield f"modules_to_save.{adapter}.{name}", f"lorakit_updates.{slot}.copy.{name}"
+
+    @property
+    def original_module(self) -> nn.Module:
+        """The base's module."""
+        return self.plain()
+
+    @property
+    def modules_to_save(self) -> views.ByName:
+        """Adapter name -> its trained copy."""
+        return views.ByName(self.copies())
+
+    @property
+    def _adapters(self) -> set[str]:
+        return set(self.copies())
+
+
+class _WrappedContainer(ModulesToSaveWrapper, ReplacedContainer):
+    """One around an `nn.Sequential` or the like."""
+
+
+ModulesToSaveWrapper.container = _WrappedContainer
+
+
+def key_map(model: nn.Module, adapter: str) -> Mapping[str, str]:
+    """Every tensor of an adapter: name in the model (PEFT's) -> name in files (without the adapter's)."""
+    found: dict[str, str] = {}
+    for path, module in model.named_modules():
+        if isinstance(module, LoraLayer) and adapter in module.here():
+            if adapter in module.loras():
+                for letter in "AB":
+                    key = module._factor_key(letter, adapter)
+                    found[f"{path}.{key}"] = f"{path}.{key.replace(f'.{adapter}', '', 1)}"
+            trained = module._trained_bias()
+            if trained is not None:
+                name = f"{path}.base_layer.bias" if module.loras() else f"{path}.bias"
+                found[name] = name
+        elif isinstance(module, ModulesToSaveWrapper) and adapter in module.copies():
+            for name in module.copies()[adapter].state_dict():
+                found[f"{path}.modules_to_save.{adapter}.{name}"] = f"{path}.{name}"
+    return found

@@ -315,10 +315,10 @@ class AttachedAdapters:
         if isinstance(adapter, Adapter):
             self._refuse_mismatch(adapter, targets, modules, check_base=check_base)
             updates: dict[str, LayerUpdate | Replacement] = dict(loaded_updates(adapter, targets))
-            updates |= {path: loaded_replacement(adapter, path, modules[path]) for path in targets.replaced}
+            updates |= {path: loaded_replacement(adapter, path, _own(modules[path])) for path in targets.replaced}
         else:
             updates = dict(fresh_updates(config, targets, modules, seed))
-            updates |= {path: Replacement(modules[path]) for path in targets.replaced}
+            updates |= {path: Replacement(_own(modules[path])) for path in targets.replaced}
         before = self._residents.get(name)
         resident = self._insert(config, updates, modules, trainable=trainable)
         self._residents[name] = resident
@@ -548,6 +548,11 @@ class AttachedAdapters:
             adapted.lorakit_updates[resident.slot] = update.to(weight.device)
             resident.modules[path] = adapted
         return resident
+
+
+def _own(module: nn.Module) -> nn.Module:
+    """The module without what other adapters hold in it."""
+    return module.as_base() if isinstance(module, AdaptedModule) else module
 
 
 def _copied(tensor: torch.Tensor) -> torch.Tensor:

@@ -13,6 +13,7 @@ from lorakit.adapter.targets import Target, Targets
 from lorakit.adapter.value import Adapter
 from lorakit.core import initializers, lowrank
 from lorakit.core.deltas import LayerUpdate, LoRA, Replacement
+from lorakit.core.layer import AdaptedModule
 from lorakit.core.sites import CONVOLUTION, EMBEDDING
 from lorakit.core.weights import base_weight_of
 from lorakit.errors import ConfigError
@@ -29,8 +30,9 @@ def expected_shapes(adapter: Adapter, targets: Targets, modules: Mapping[str, nn
         shapes |= {f"{target.path}.A": shape_A, f"{target.path}.B": shape_B}
     shapes |= {f"{path}.bias": tuple(modules[path].get_parameter("bias").shape) for path in targets.biases}
     for path in targets.replaced:
-        own = modules[path].state_dict()
-        shapes |= {f"{path}.{key}": tuple(t.shape) for key, t in own.items() if "lorakit_updates." not in key}
+        module = modules[path]
+        own = (module.as_base() if isinstance(module, AdaptedModule) else module).state_dict()
+        shapes |= {f"{path}.{key}": tuple(tensor.shape) for key, tensor in own.items()}
     return shapes
 
 

@@ -40,6 +40,18 @@ class AdaptedModule(nn.Module):
         updates = self.lorakit_updates
         return [(updates[slot], rows) for slot, rows in route.places(x, type(self).__name__).items() if slot in updates]
 
+    def as_base(self, **replaced: nn.Parameter) -> nn.Module:
+        """This module as if nothing were adapted: a module of its own class that shares its parameters, buffers and
+        hooks; `replaced` parameters stand in place of its own.
+        """
+        base = type(self).__bases__[1]
+        view = cast("nn.Module", base.__new__(base))
+        view.__dict__.update({k: v for k, v in self.__dict__.items() if not k.startswith("lorakit_")})
+        view.__dict__["_modules"] = {k: v for k, v in self._modules.items() if k != "lorakit_updates"}
+        if replaced:
+            view.__dict__["_parameters"] = {**self._parameters, **replaced}
+        return view
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The generated class has no importable name: copy and pickle remake it from its two parents.
         mixin, base = type(self).__bases__

@@ -16,7 +16,7 @@ from lorakit.compat.peft.files import adapter_folder
 from lorakit.compat.peft.layers import BaseTunerLayer, key_map
 from lorakit.compat.peft.model import TASK_CLASSES, PeftModel
 from lorakit.compat.peft.tuner import LoraModel, PeftAdapters
-from lorakit.core.layer import base_modules
+from lorakit.core.layer import base_modules, base_parameters
 from lorakit.errors import AdapterError, bullet_list, nearest
 
 PREFIX = "base_model.model."
@@ -40,7 +40,7 @@ def get_peft_model(
         mixed: False; this version has one method to mix.
         autocast_adapter_dtype: hold the adapter in fp32 whatever the model's dtype; else in the layers' own.
         revision: of the base, noted in the config.
-        low_cpu_mem_usage: without effect.
+        low_cpu_mem_usage: leave the adapter on the meta device, for `set_peft_model_state_dict` to fill.
 
     Raises:
         UnsupportedError: another method than LoRA, or a feature of it that this version has not.
@@ -58,7 +58,7 @@ def get_peft_model(
     if revision is not None:
         peft_config.revision = revision
     made = TASK_CLASSES.get(peft_config.task_type or "", PeftModel)
-    return made(model, peft_config, adapter_name=adapter_name, autocast_adapter_dtype=autocast_adapter_dtype)
+    return made(model, peft_config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
 
 
 def inject_adapter_in_model(
@@ -73,7 +73,7 @@ def inject_adapter_in_model(
         raise UnsupportedError("inject_adapter_in_model: state_dict is not in this version")
     if not isinstance(peft_config, LoraConfig):
         raise UnsupportedError(f"{type(peft_config).__name__}: this version has LoRA")
-    LoraModel(model, peft_config, adapter_name)
+    LoraModel(model, peft_config, adapter_name, low_cpu_mem_usage)
     return model
 
 
@@ -148,6 +148,11 @@ def set_peft_model_state_dict(
             problems.append(f"size mismatch for {name}: {tuple(tensor.shape)}, the model has {tuple(places[name].shape)}")
     if problems:
         raise MismatchError(f"nothing was loaded into adapter {adapter_name!r}:\n{bullet_list(problems)}")
+    if any(place.is_meta for place in places.values()):
+        device = next((p.device for p in base_parameters(inner).values()), None)
+        keys = {prefix + name: key for key, name in key_map(inner, adapter_name).items()}
+        inner.load_state_dict({keys[n]: t.to(device, copy=True) for n, t in given.items()}, strict=False, assign=True)
+        return torch.nn.modules.module._IncompatibleKeys([], [])
     with torch.no_grad():
         for name, tensor in given.items():
             places[name].copy_(tensor)
@@ -160,7 +165,7 @@ def get_base_model_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
     found: dict[str, torch.Tensor] = {}
     with handle.unfolded():
         for path, module in base_modules(inner):
-            plain = module.plain() if isinstance(module, BaseTunerLayer) else module
+            plain = module.as_base() if isinstance(module, BaseTunerLayer) else module
             dot = f"{path}." if path else ""
             found |= {dot + name: p for name, p in plain._parameters.items() if p is not None}
             found |= {

@@ -8,7 +8,8 @@ lorakit's layer stays the object it was. These classes are what the facade gives
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -33,6 +34,7 @@ class PeftState(ActiveState):
         chosen: active adapters, whether they are switched off or not.
         off: all adapters are switched off (`disable_adapter_layers`).
         merged: adapters folded into the weights, in the order of merging.
+        use: makes adapters the active ones, for the whole model.
         rslora: names of adapters whose scale is alpha / sqrt(r).
     """
 
@@ -43,6 +45,11 @@ class PeftState(ActiveState):
         self.off = False
         self.merged: tuple[str, ...] = ()
         self.rslora: set[str] = set()
+        self.use: Callable[..., None] = _nothing
+
+
+def _nothing(*_: Any, **__: Any) -> None:
+    """Until a handle has the state."""
 
 
 class BaseTunerLayer(AdaptedModule):
@@ -62,8 +69,30 @@ class BaseTunerLayer(AdaptedModule):
 
     def here(self) -> dict[str, nn.Module]:
         """Adapter name -> what it changes here, oldest first."""
+        if "lorakit_state" not in self.__dict__:  # the layer is its old self again, and somebody kept a view
+            return {}
         names = self.lorakit_state.names
         return {names[slot]: update for slot, update in self.lorakit_updates.items() if slot in names}
+
+    def _all_available_adapter_names(self) -> list[str]:
+        return sorted(self.here())
+
+    def view(self, name: str, content: Mapping[str, nn.Module]) -> views.ByName:
+        """The container called `name`, one object as long as the layer is adapted, with what is here now."""
+        found: views.ByName = self._container(name, views.ByName)
+        found.show(content)
+        return found
+
+    def _container(self, name: str, kind: type[Any]) -> Any:
+        containers = self.__dict__.setdefault("lorakit_views", {})
+        if name not in containers:
+            containers[name] = kind()
+        return containers[name]
+
+    def forget(self, adapter: str) -> None:
+        """Take an adapter out of containers that somebody may hold."""
+        for container in self.__dict__.get("lorakit_views", {}).values():
+            container.show({name: part for name, part in container.items() if name != adapter})
 
     @property
     def active_adapters(self) -> list[str]:
@@ -75,6 +104,10 @@ class BaseTunerLayer(AdaptedModule):
         """The active adapter, or their list."""
         names = self.active_adapters
         return names[0] if len(names) == 1 else names
+
+    def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
+        """Use these adapters, in the whole model: all layers share one state."""
+        self.lorakit_state.use(adapter_names, inference_mode=inference_mode)
 
     @property
     def disable_adapters(self) -> bool:
@@ -96,21 +129,11 @@ class BaseTunerLayer(AdaptedModule):
     @property
     def base_layer(self) -> nn.Module:
         """The layer without adapters: its own class, sharing parameters, buffers and hooks with it."""
-        return self.plain()
+        return self.as_base()
 
     def get_base_layer(self) -> nn.Module:
         """`base_layer`."""
         return self.base_layer
-
-    def plain(self, **replaced: nn.Parameter) -> nn.Module:
-        """This module as it was before adapting; `replaced` parameters stand in place of its own."""
-        base = type(self).__bases__[1]
-        view = cast("nn.Module", base.__new__(base))
-        view.__dict__.update({k: v for k, v in self.__dict__.items() if not k.startswith("lorakit_")})
-        view.__dict__["_modules"] = {k: v for k, v in self._modules.items() if k != "lorakit_updates"}
-        if replaced:
-            view.__dict__["_parameters"] = {**self._parameters, **replaced}
-        return view
 
     # ------------------------------------------------------------ PEFT's names wherever torch asks for names
 
@@ -156,12 +179,14 @@ def _routed(state: PeftState) -> bool:
 class LoraLayer(BaseTunerLayer, AdaptedLayer):
     """An adapted layer with PEFT's attributes."""
 
+    in_features = views.Width(1)
+    out_features = views.Width(0)
     adapter_layer_names = FACTORS
     other_param_names = ("r", "lora_alpha", "scaling", "lora_dropout")
 
     def loras(self) -> dict[str, LoRA]:
         """Adapter name -> its low-rank update of this layer."""
-        found = {name: cast("LayerUpdate", update).lora for name, update in self.here().items()}
+        found = {name: cast("LayerUpdate", update).lora for name, update in BaseTunerLayer.here(self).items()}
         return {name: lora for name, lora in found.items() if lora is not None}
 
     def parts(self) -> Iterator[tuple[str, nn.Module]]:
@@ -187,7 +212,7 @@ class LoraLayer(BaseTunerLayer, AdaptedLayer):
                     yield self._factor_key(letter, names[slot]), f"lorakit_updates.{slot}.lora.{letter}"
 
     def _factor_key(self, letter: str, name: str) -> str:
-        if self.lorakit_site is EMBEDDING:
+        if self._is_lookup():
             return f"lora_embedding_{letter}.{name}"
         return f"lora_{letter}.{name}.weight"
 
@@ -201,93 +226,100 @@ class LoraLayer(BaseTunerLayer, AdaptedLayer):
 
     def _with_trained_bias(self) -> nn.Module:
         trained = self._trained_bias()
-        return self.plain() if trained is None else self.plain(bias=trained[1])
+        return self.as_base() if trained is None else self.as_base(bias=trained[1])
 
-    def _factors(self, letter: str) -> dict[str, nn.Module]:
-        """Views by adapter name; each is made once and follows its LoRA."""
-        if self.lorakit_site is EMBEDDING:
-            return {}
-        cache = self.__dict__.setdefault("lorakit_views", {})
+    def _factors(self, letter: str) -> views.ByName:
+        """A or B by adapter name; each view is made once and follows its LoRA."""
+        name = f"lora_{letter}"
+        before = dict(self.__dict__.get("lorakit_views", {}).get(name, {}).items())
         found = {}
-        for name, lora in self.loras().items():
-            view = cache.get((name, letter))
+        for adapter, lora in ({} if self._is_lookup() else self.loras()).items():
+            view = before.get(adapter)
             if view is None or view.source[0] is not lora:
-                view = cache[name, letter] = views.factor(lora, letter, self)
+                view = views.factor(lora, letter, self)
             view._parameters["weight"] = getattr(lora, letter)
-            found[name] = view
-        return found
+            found[adapter] = view
+        return self.view(name, found)
 
-    def _embedding_factors(self, letter: str) -> dict[str, nn.Parameter]:
-        if self.lorakit_site is not EMBEDDING:
-            return {}
-        return {name: getattr(lora, letter) for name, lora in self.loras().items()}
+    def _embedding_factors(self, letter: str) -> views.ParametersByName:
+        own = self.loras() if self._is_lookup() else {}
+        found: views.ParametersByName = self._container(f"lora_embedding_{letter}", views.ParametersByName)
+        found.show({name: getattr(lora, letter) for name, lora in own.items()})
+        return found
 
     @property
     def lora_A(self) -> views.ByName:
         """Adapter name -> A."""
-        return views.ByName(self._factors("A"))
+        return self._factors("A")
 
     @property
     def lora_B(self) -> views.ByName:
         """Adapter name -> B."""
-        return views.ByName(self._factors("B"))
+        return self._factors("B")
 
     @property
     def lora_embedding_A(self) -> views.ParametersByName:
         """Adapter name -> A of an embedding."""
-        return views.ParametersByName(self._embedding_factors("A"))
+        return self._embedding_factors("A")
 
     @property
     def lora_embedding_B(self) -> views.ParametersByName:
         """Adapter name -> B of an embedding."""
-        return views.ParametersByName(self._embedding_factors("B"))
+        return self._embedding_factors("B")
 
     @property
     def lora_magnitude_vector(self) -> views.ByName:
         """Empty: this version has no DoRA."""
-        return views.ByName({})
+        return self.view("lora_magnitude_vector", {})
 
     @property
     def lora_dropout(self) -> views.ByName:
         """Adapter name -> dropout before A."""
-        return views.ByName({name: views.Dropout(lora) for name, lora in self.loras().items()})
+        return self.view("lora_dropout", {name: views.Dropout(lora) for name, lora in self.loras().items()})
 
     @property
     def scaling(self) -> views.PerAdapter:
         """Adapter name -> factor before B A; setting one sets it."""
-        return views.PerAdapter(self.loras(), lambda lora: lora.s, lambda lora, value: setattr(lora, "s", value))
+        return views.PerAdapter(partial(LoraLayer.loras, self), lambda _, lora: lora.s, lambda lora, value: setattr(lora, "s", value))
 
     @property
     def r(self) -> views.PerAdapter:
         """Adapter name -> rank."""
-        return views.PerAdapter(self.loras(), lambda lora: lora.r)
+        return views.PerAdapter(partial(LoraLayer.loras, self), lambda _, lora: lora.r)
 
     @property
     def lora_alpha(self) -> views.PerAdapter:
         """Adapter name -> numerator of the scale."""
-        return views.PerAdapter(
-            self.loras(), lambda lora: int(lora.alpha) if lora.alpha == int(lora.alpha) else lora.alpha
-        )
+        return views.PerAdapter(partial(LoraLayer.loras, self), lambda _, lora: int(lora.alpha) if lora.alpha % 1 == 0 else lora.alpha)
 
     @property
-    def use_rslora(self) -> dict[str, bool]:
+    def use_rslora(self) -> views.PerAdapter:
         """Adapter name -> whether its scale is alpha / sqrt(r)."""
-        return {name: name in self.lorakit_state.rslora for name in self.loras()}
+        return views.PerAdapter(partial(LoraLayer.loras, self), lambda name, _: name in self.lorakit_state.rslora)
 
     @property
-    def use_dora(self) -> dict[str, bool]:
+    def use_dora(self) -> views.PerAdapter:
         """Adapter name -> False."""
-        return dict.fromkeys(self.loras(), False)
+        return views.PerAdapter(partial(LoraLayer.loras, self), lambda *_: False)
 
     @property
-    def lora_bias(self) -> dict[str, bool]:
+    def lora_bias(self) -> views.PerAdapter:
         """Adapter name -> False."""
-        return dict.fromkeys(self.loras(), False)
+        return views.PerAdapter(partial(LoraLayer.loras, self), lambda *_: False)
 
     @property
     def fan_in_fan_out(self) -> bool:
         """Whether the weight lies (in, out)."""
         return isinstance(self.lorakit_site, TransposedLinearSite)
+
+    def __repr__(self) -> str:
+        parts = [
+            f"({name}): {part!r}"
+            for name, part in self.parts()
+            if not isinstance(part, views.ByName | views.ParametersByName) or len(part)
+        ]
+        lines = "\n".join(parts).replace("\n", "\n  ")
+        return f"lora.{type(self).__bases__[1].__name__}(\n  {lines}\n)"
 
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
         """The dense update of one adapter, scale included, in the layout and dtype of the layer's weight."""
@@ -339,9 +371,19 @@ class AuxiliaryTrainingWrapper(BaseTunerLayer):
 class ModulesToSaveWrapper(AuxiliaryTrainingWrapper, ReplacedModule):
     """A module of which adapters hold whole trained copies, with PEFT's attributes."""
 
+    @property
+    def active_adapters(self) -> list[str]:
+        """Active adapters that hold a copy."""
+        here = self.here()
+        return [name for name in self.lorakit_state.chosen if name in here]
+
+    @property
+    def _adapters(self) -> set[str]:
+        return set(self.copies())
+
     def copies(self) -> dict[str, nn.Module]:
         """Adapter name -> its copy."""
-        return {name: cast("Replacement", update).copy for name, update in self.here().items()}
+        return {name: cast("Replacement", update).copy for name, update in BaseTunerLayer.here(self).items()}
 
     def parts(self) -> Iterator[tuple[str, nn.Module]]:
         """`original_module` and `modules_to_save`."""
@@ -350,7 +392,7 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper, ReplacedModule):
 
     def key_map(self) -> Iterator[tuple[str, str]]:
         """(PEFT's, our) tensor names."""
-        for name in self.plain().state_dict():
+        for name in self.as_base().state_dict():
             yield f"original_module.{name}", name
         for slot, update in self.lorakit_updates.items():
             for name in cast("Replacement", update).copy.state_dict():
@@ -360,16 +402,12 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper, ReplacedModule):
     @property
     def original_module(self) -> nn.Module:
         """The base's module."""
-        return self.plain()
+        return self.as_base()
 
     @property
     def modules_to_save(self) -> views.ByName:
         """Adapter name -> its trained copy."""
-        return views.ByName(self.copies())
-
-    @property
-    def _adapters(self) -> set[str]:
-        return set(self.copies())
+        return self.view("modules_to_save", self.copies())
 
 
 class _WrappedContainer(ModulesToSaveWrapper, ReplacedContainer):

@@ -11,7 +11,6 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import nn
 
-from lorakit.adapter.attach import base_only
 from lorakit.compat.peft.card import write_model_card
 from lorakit.compat.peft.config import LoraConfig, PeftConfig
 from lorakit.compat.peft.errors import MismatchError, PeftValueError, UnsupportedError
@@ -31,7 +30,7 @@ class PeftModel(nn.Module):
         peft_config: of the first adapter.
         adapter_name: its name.
         autocast_adapter_dtype: hold the adapter in fp32 whatever the model's dtype; else in the layers' own.
-        low_cpu_mem_usage: without effect; adapters are small.
+        low_cpu_mem_usage: leave the adapter on the meta device, for `set_peft_model_state_dict` to fill.
     """
 
     head_names: ClassVar[tuple[str, ...]] = ()
@@ -50,8 +49,8 @@ class PeftModel(nn.Module):
         super().__init__()
         self.base_model = LoraModel.around(model)
         with self.base_model.or_nothing():
-            self.add_adapter(adapter_name, peft_config, autocast_adapter_dtype=autocast_adapter_dtype)
-        self.base_model.set_adapter(adapter_name)
+            self.add_adapter(adapter_name, peft_config, low_cpu_mem_usage, autocast_adapter_dtype)
+        self.base_model.set_adapter(adapter_name, inference_mode=peft_config.inference_mode)
         if getattr(model, "is_gradient_checkpointing", False):
             self.prepare_model_for_gradient_checkpointing(model)
 
@@ -112,7 +111,7 @@ class PeftModel(nn.Module):
         """Within the block the model is its base, for the thread that runs it; afterwards what it was before, whatever
         is raised. Merged adapters are taken out for as long, for all threads.
         """
-        with self.base_model.handle.unfolded(), base_only(self.get_base_model()):
+        with self.base_model.handle.base_alone():
             yield
 
     def add_adapter(
@@ -124,7 +123,7 @@ class PeftModel(nn.Module):
     ) -> None:
         """Add a fresh adapter, inactive and frozen."""
         self._add_heads(peft_config)
-        self.base_model.add_adapter(adapter_name, peft_config, autocast_adapter_dtype=autocast_adapter_dtype)
+        self.base_model.add_adapter(adapter_name, peft_config, low_cpu_mem_usage, autocast_adapter_dtype)
 
     def _add_heads(self, config: PeftConfig) -> None:
         if self.head_names and isinstance(config, LoraConfig):
@@ -192,6 +191,9 @@ class PeftModel(nn.Module):
                 "Length of `adapter_names` should be the same as the number of inputs, but got "
                 f"{len(names) // copies} and {len(batch)} respectively."
             )
+        if self.base_model.handle.state.off or (self.base_model.handle.state.in_block and not self.has_active_enabled_adapter):
+            yield  # switched off: the base for every row
+            return
         with self.base_model.handle.route([None if name == "__base__" else name for name in names]):
             yield
 
@@ -326,7 +328,7 @@ class PeftModel(nn.Module):
         made.base_model = LoraModel.around(model)
         with made.base_model.or_nothing():
             made._load(folder, adapter_name, config, autocast_adapter_dtype=autocast_adapter_dtype, **kwargs)
-        made.base_model.set_adapter(adapter_name)
+        made.base_model.set_adapter(adapter_name, inference_mode=not is_trainable)
         if not is_trainable:
             made.eval()
         return made
@@ -364,7 +366,7 @@ class PeftModel(nn.Module):
         try:
             self.base_model.add_value(name, read_adapter(folder), config, autocast_adapter_dtype)
         except AdapterMismatchError as error:
-            raise MismatchError(str(error)) from error
+            raise MismatchError(str(error).replace("shape: ", "size mismatch: ")) from error
 
 
 class PeftModelForCausalLM(PeftModel):

@@ -21,7 +21,7 @@ from lorakit.adapter.folding import Exchange
 from lorakit.adapter.value import Adapter
 from lorakit.compat.peft.config import LoraConfig, PeftConfig
 from lorakit.compat.peft.errors import PeftValueError, UnsupportedError
-from lorakit.compat.peft.layers import LoraLayer, ModulesToSaveWrapper, PeftState
+from lorakit.compat.peft.layers import BaseTunerLayer, LoraLayer, ModulesToSaveWrapper, PeftState
 from lorakit.core.active import NOTHING, Selection
 from lorakit.core.layer import ReplacedModule, base_parameters
 from lorakit.errors import AdapterError
@@ -44,6 +44,8 @@ class PeftAdapters(AttachedAdapters):
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
         self._exchange = Exchange()
+        self._flags: list[tuple[nn.Parameter, bool]] = []
+        self.state.use = self.use
         self._enter_model()
 
     @property
@@ -60,6 +62,8 @@ class PeftAdapters(AttachedAdapters):
     def remove(self, name: str) -> None:
         """As the parent's; may be called while other adapters are merged."""
         with self.unfolded():
+            for module in self._resident(name).modules.values():
+                cast("BaseTunerLayer", module).forget(name)
             super().remove(name)
             self._renew_names()
 
@@ -73,10 +77,70 @@ class PeftAdapters(AttachedAdapters):
         self.state.chosen = tuple(names)
         self.state.everywhere = NOTHING if self.state.off else self.selection(names)
 
+    def use(self, names: str | Sequence[str], *, inference_mode: bool = False) -> None:
+        """`choose`, and let these adapters' tensors be trained (unless `inference_mode`), and no others'. Merged
+        adapters are unmerged first.
+        """
+        names = [names] if isinstance(names, str) else list(names)
+        self.refuse_same_copies(names)
+        if self.state.merged:
+            warnings.warn("Adapter cannot be set when the model is merged. Unmerging the model first.", stacklevel=3)
+            self.unfold()
+        self.choose(names)
+        for name in self.names:
+            self.train_only(name, name in names and not inference_mode)
+
+    def train_only(self, name: str, requires_grad: bool) -> None:
+        """Whether an adapter's tensors can be trained."""
+        for parameter in self.trainable_tensors(name).values():
+            parameter.requires_grad_(requires_grad)
+
+    def refuse_same_copies(self, names: Sequence[str]) -> None:
+        """Two whole copies of a module cannot be used at once.
+
+        Raises:
+            PeftValueError: names the module.
+        """
+        for path, module in self._adapted_modules().items() if len(names) > 1 else ():
+            both = [name for name in names if path in self._residents[name].modules]
+            if isinstance(module, ReplacedModule) and len(both) > 1:
+                raise PeftValueError(
+                    f"Only one adapter can be set at a time for {type(module).__mro__[1].__name__} {path}, of which "
+                    f"{' and '.join(both)} hold a copy each (modules_to_save)"
+                )
+
     def switch(self, *, off: bool) -> None:
         """Switch all adapters off or on."""
         self.state.off = off
         self.choose(self.state.chosen)
+        if off:
+            self._flags = self._flags or self.freeze()
+        else:
+            self.thaw(self._flags)
+            self._flags = []
+
+    def freeze(self) -> list[tuple[nn.Parameter, bool]]:
+        """Let no adapter be trained; what `thaw` needs to undo it."""
+        flags = [(p, True) for name in self.names for p in self.trainable_tensors(name).values() if p.requires_grad]
+        self.thaw([(parameter, False) for parameter, _ in flags])
+        return flags
+
+    def thaw(self, flags: list[tuple[nn.Parameter, bool]]) -> None:
+        """Give parameters their flags back."""
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+
+    @contextlib.contextmanager
+    def base_alone(self) -> Iterator[None]:
+        """Within the block the model is its base, for this thread. Where gradients are recorded, no adapter asks for
+        one meanwhile.
+        """
+        with self.unfolded(), self.disabled():
+            flags = self.freeze() if torch.is_grad_enabled() else []
+            try:
+                yield
+            finally:
+                self.thaw(flags)
 
     def selection(self, names: Sequence[str]) -> Selection:
         """`names`, each with weight 1."""
@@ -128,8 +192,8 @@ class LoraModel(nn.Module):
         configs = config if isinstance(config, Mapping) else {adapter_name: config}
         with self.or_nothing():
             for name, value in configs.items():
-                self.add_adapter(name, value)
-            self.set_adapter(adapter_name)
+                self.add_adapter(name, value, low_cpu_mem_usage)
+            self.set_adapter(adapter_name, inference_mode=self.peft_config[adapter_name].inference_mode)
 
     @classmethod
     def around(cls, model: nn.Module) -> Self:
@@ -179,11 +243,16 @@ class LoraModel(nn.Module):
         low_cpu_mem_usage: bool = False,
         autocast_adapter_dtype: bool = True,
     ) -> None:
-        """Add a fresh adapter, inactive and frozen. What is drawn for it follows torch's global seed."""
+        """Add a fresh adapter, inactive and frozen. What is drawn for it follows torch's global seed; with
+        `low_cpu_mem_usage` it waits on the meta device for the tensors of a file.
+        """
         config = self._checked(adapter_name, peft_config)
         seed = int(torch.randint(2**62, (1,)).item())
         self.handle.add(adapter_name, config.resolved(self.model), seed=seed, trainable=False)
         self._enter(adapter_name, config, autocast=autocast_adapter_dtype)
+        if low_cpu_mem_usage:
+            for _, update in self.handle._residents[adapter_name].updates():
+                update.to("meta")
 
     def add_value(
         self, adapter_name: str, adapter: Adapter, peft_config: LoraConfig, autocast_adapter_dtype: bool = True
@@ -216,7 +285,9 @@ class LoraModel(nn.Module):
         """Take an adapter out. If it was the only active one, the oldest that is left is active next."""
         self._require(adapter_name)
         if adapter_name in self.handle.state.merged:
-            raise PeftValueError(f"Adapter {adapter_name} is merged; call unmerge_adapter() first.")
+            raise PeftValueError(
+                f"Cannot delete adapter(s) ['{adapter_name}'] while they are merged. Please unmerge them first."
+            )
         left = [name for name in self.active_adapters if name != adapter_name]
         self.handle.remove(adapter_name)
         del self.peft_config[adapter_name]
@@ -226,7 +297,9 @@ class LoraModel(nn.Module):
                 f"Adapter {adapter_name} was active which is now deleted. Setting active adapter to {left[0]}.",
                 stacklevel=2,
             )
-        self.set_adapter(left)
+        self.handle.choose(left)
+        for name in left:
+            self.handle.train_only(name, not self.peft_config[name].inference_mode)
 
     # ------------------------------------------------------------ active
 
@@ -241,37 +314,24 @@ class LoraModel(nn.Module):
         names = self.active_adapters
         return names[0] if len(names) == 1 else names
 
+    @property
+    def has_active_enabled_adapter(self) -> bool:
+        """Whether a forward pass uses any adapter."""
+        state = self.handle.state
+        return state.folded or state.current() != NOTHING
+
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
         """Use one adapter, or several added up; their tensors can be trained (unless `inference_mode`), the others'
         cannot. Merged adapters are unmerged first.
         """
-        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
-        for name in names:
+        for name in [adapter_name] if isinstance(adapter_name, str) else adapter_name:
             self._require(name, "not found.")
-        self._refuse_same_copies(names)
-        if self.handle.state.merged:
-            warnings.warn("Adapter cannot be set when the model is merged. Unmerging the model first.", stacklevel=2)
-            self.handle.unfold()
-        self.handle.choose(names)
-        for name in self.peft_config:
-            trained = name in names and not inference_mode and not self.peft_config[name].inference_mode
-            self.set_requires_grad(name, trained)
-
-    def _refuse_same_copies(self, names: Sequence[str]) -> None:
-        for path, module in self.handle._adapted_modules().items():
-            if isinstance(module, ReplacedModule) and len(names) > 1:
-                both = [name for name in names if path in self.handle._residents[name].modules]
-                if len(both) > 1:
-                    raise PeftValueError(
-                        f"Only one adapter can be set at a time for {path}, of which {' and '.join(both)} hold a copy "
-                        "each (modules_to_save)"
-                    )
+        self.handle.use(adapter_name, inference_mode=inference_mode)
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Whether adapters can be trained."""
         for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
-            for parameter in self.handle.trainable_tensors(self._require(name)).values():
-                parameter.requires_grad_(requires_grad)
+            self.handle.train_only(self._require(name), requires_grad)
 
     def disable_adapter_layers(self) -> None:
         """Switch all adapters off."""
@@ -297,7 +357,7 @@ class LoraModel(nn.Module):
         if not fresh:
             warnings.warn("All adapters are already merged, nothing to do.", stacklevel=2)
             return
-        self._refuse_same_copies([*merged, *fresh])
+        self.handle.refuse_same_copies([*merged, *fresh])
         with self._telling_which([*merged, *fresh]):
             try:
                 self.handle.fold([*merged, *fresh])
@@ -330,7 +390,7 @@ class LoraModel(nn.Module):
         names = list(dict.fromkeys([*merged, *wanted]))
         if not names:
             return self.unload()
-        self._refuse_same_copies(names)
+        self.handle.refuse_same_copies(names)
         state, before = self.handle.state, self.handle.state.everywhere
         self.handle.unfold()
         state.everywhere = self.handle.selection(names)
@@ -413,7 +473,7 @@ class LoraModel(nn.Module):
             raise PeftValueError(f"Found no adapter matching the names in {adapters}")
         if combination_type not in _COMBINATIONS:
             raise PeftValueError(f"Invalid combination_type: {combination_type}; there are {', '.join(_COMBINATIONS)}")
-        self._refuse_same_copies(adapters)
+        self.handle.refuse_same_copies(adapters)
         configs = [self.peft_config[name] for name in adapters]
         ranks = [max(config.r, *config.rank_pattern.values(), 0) for config in configs]
         if len(adapters) > 1 and combination_type != "cat" and not combination_type.endswith("svd"):

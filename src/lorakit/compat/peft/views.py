@@ -18,17 +18,22 @@ from lorakit.core.deltas import LoRA
 class ByName(nn.ModuleDict):
     """A ModuleDict by adapter name that takes any name: `keys`, `train` and `a.b` too."""
 
-    def __init__(self, modules: Mapping[str, nn.Module]) -> None:
-        super().__init__()
+    def show(self, modules: Mapping[str, nn.Module]) -> None:
+        """Hold `modules` and nothing else."""
+        self._modules.clear()
         self._modules.update(modules)
 
 
 class ParametersByName(nn.ParameterDict):
     """A ParameterDict by adapter name that takes any name."""
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
-        super().__init__()
+    def show(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        """Hold `parameters` and nothing else."""
+        self._parameters.clear()
         self._parameters.update(parameters)
+
+    def __repr__(self) -> str:
+        return f"ParametersByName({', '.join(f'({name}): {tuple(p.shape)}' for name, p in self._parameters.items() if p is not None)})"
 
     def __getitem__(self, key: str) -> Any:
         return self._parameters[key]
@@ -121,33 +126,47 @@ def factor(lora: LoRA, letter: str, layer: Any) -> nn.Module:
     return made
 
 
+class Width:
+    """Width of a layer's input or output, for layers that have no attribute of that name of their own."""
+
+    def __init__(self, dimension: int) -> None:
+        self._dimension = dimension
+
+    def __get__(self, layer: Any, owner: Any = None) -> int:
+        if layer is None:
+            raise AttributeError("in_features and out_features are a layer's")
+        groups = getattr(layer, "groups", 1)
+        shape = layer.lorakit_site.shapes(layer, groups, "")[1 - self._dimension]
+        return int(shape[self._dimension]) * (groups if self._dimension else 1)
+
+
 class PerAdapter(MutableMapping[str, Any]):
     """One number for each adapter of a layer, read from its LoRA and, where there is a setter, written to it."""
 
     def __init__(
         self,
-        loras: Mapping[str, LoRA],
-        read: Callable[[LoRA], Any],
+        loras: Callable[[], Mapping[str, LoRA]],
+        read: Callable[[str, LoRA], Any],
         write: Callable[[LoRA, Any], None] | None = None,
     ) -> None:
         self._loras, self._read, self._write = loras, read, write
 
     def __getitem__(self, name: str) -> Any:
-        return self._read(self._loras[name])
+        return self._read(name, self._loras()[name])
 
     def __setitem__(self, name: str, value: Any) -> None:
         if self._write is None:
             raise TypeError("this follows from the adapter's tensors and config, and cannot be set")
-        self._write(self._loras[name], value)
+        self._write(self._loras()[name], value)
 
     def __delitem__(self, name: str) -> None:
         raise TypeError("adapters are deleted by model.delete_adapter(name)")
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._loras)
+        return iter(self._loras())
 
     def __len__(self) -> int:
-        return len(self._loras)
+        return len(self._loras())
 
     def __repr__(self) -> str:
         return repr(dict(self))

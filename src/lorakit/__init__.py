@@ -14,11 +14,13 @@ if TYPE_CHECKING:
     from lorakit.adapter.attach import AttachedAdapters as AttachedAdapters
     from lorakit.adapter.attach import adapters as adapters
     from lorakit.adapter.attach import attach as attach
+    from lorakit.adapter.combine import combine as combine
     from lorakit.adapter.config import LoRAConfig as LoRAConfig
     from lorakit.adapter.value import Adapter as Adapter
     from lorakit.errors import LorakitError as LorakitError
     from lorakit.evaluation import evaluate as evaluate
     from lorakit.generation import generate as generate
+    from lorakit.merging import merge as merge
     from lorakit.models import load_model as load_model
     from lorakit.training.config import TrainConfig as TrainConfig
     from lorakit.training.run import Run as Run
@@ -33,9 +35,11 @@ _PUBLIC = {
     "TrainConfig": "lorakit.training.config",
     "adapters": "lorakit.adapter.attach",
     "attach": "lorakit.adapter.attach",
+    "combine": "lorakit.adapter.combine",
     "evaluate": "lorakit.evaluation",
     "generate": "lorakit.generation",
     "load_model": "lorakit.models",
+    "merge": "lorakit.merging",
     "train": "lorakit.training.run",
 }
 

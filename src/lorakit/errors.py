@@ -43,6 +43,10 @@ class AdapterMismatchError(LorakitError):
     """A sound adapter that does not fit this model: tensors missing, unexpected, of another shape, another base."""
 
 
+class MergeError(LorakitError):
+    """A merged model that would not be the adapter: too much lost to rounding, or other outputs."""
+
+
 class ModelError(LorakitError):
     """A base model that cannot be found, read or used."""
 

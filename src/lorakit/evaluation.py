@@ -18,7 +18,7 @@ from typing import Any
 from lorakit import models
 from lorakit.adapter.attach import attach, base_only
 from lorakit.adapter.value import Adapter
-from lorakit.data.chat import ChatFormat
+from lorakit.data.chat import ChatFormat, Example
 from lorakit.data.sources import Row, each_row, read_rows
 from lorakit.errors import ConfigError, DataError, FileError, nearest
 from lorakit.files import parse_json
@@ -185,6 +185,7 @@ def evaluate(
     model: str | tuple[Any, Any] | None = None,
     adapters: Sequence[str | Path | Adapter] = (),
     base: bool | None = None,
+    as_is: bool = False,
     metrics: Sequence[str] = ("loss",),
     limit: int | None = None,
     max_new_tokens: int = 256,
@@ -203,9 +204,10 @@ def evaluate(
     Args:
         data: rows, or where to read them (`data.read_rows`).
         model: what `load_model` takes, or what it gave (adapters are attached for the time of the call; one that has
-            adapters already can only be measured without them); None: the base that the adapters name.
+            adapters already can only be measured without them, or `as_is`); None: the base that the adapters name.
         adapters: folders, or adapters in memory.
         base: whether to measure the model without adapter too; None: only if there are no adapters.
+        as_is: let what is active in a model in memory be active while "the model without adapter" is measured.
         metrics: of `METRICS`. `loss` is the mean over labelled tokens, with training's mask; the others judge greedy
             generations.
         limit: take only the first rows.
@@ -277,18 +279,19 @@ def evaluate(
 
     results = []
     if base or (base is None and not adapters):
-        with base_only(loaded):
+        with contextlib.nullcontext() if as_is else base_only(loaded):
             results.append(measure(None, tokenizer))
     for name, adapter in zip(names, adapters, strict=True):
         folder = None if isinstance(adapter, Adapter) else adapter
         own_tokenizer = tokenizer if folder is None else models.tokenizer_beside(folder, loaded, tokenizer)
-        with _attached(loaded, values[name]):
+        with attached(loaded, values[name]):
             results.append(measure(name, own_tokenizer))
     return results
 
 
 @contextlib.contextmanager
-def _attached(model: Any, adapter: Adapter) -> Iterator[None]:
+def attached(model: Any, adapter: Adapter) -> Iterator[None]:
+    """Within the block the model has the adapter."""
     handle = attach(model, adapter)
     try:
         yield
@@ -298,9 +301,18 @@ def _attached(model: Any, adapter: Adapter) -> Iterator[None]:
 
 def _loss(model: Any, chat_format: ChatFormat, rows: Sequence[Row], micro_batch_tokens: int) -> tuple[float, int, int]:
     """(mean loss, labelled tokens, rows that were cut)."""
-    examples = [example for encoded in each_row(chat_format.encode, rows, _UNMEASURABLE) for example in encoded]
+    examples = encoded(chat_format, rows)
     cut = len({example.origin for example in examples if example.prompt_cut or example.answer_cut})
     return *mean_loss(model, examples, micro_batch_tokens=micro_batch_tokens), cut
+
+
+def encoded(chat_format: ChatFormat, rows: Sequence[Row]) -> list[Example]:
+    """All rows as the loss sees them.
+
+    Raises:
+        DataError: rows that cannot be used; lists the first ones.
+    """
+    return [example for examples in each_row(chat_format.encode, rows, _UNMEASURABLE) for example in examples]
 
 
 def _answers(

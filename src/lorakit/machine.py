@@ -7,6 +7,7 @@ import functools
 import os
 import platform
 import time
+from pathlib import Path
 
 import torch
 
@@ -85,6 +86,17 @@ def _matmul_speedup(dtype: torch.dtype) -> float:
             torch.nn.functional.linear(x, w)
             best[each] = min(best[each], time.perf_counter() - start)
     return best[torch.float32] / best[dtype]
+
+
+def available_memory() -> int | None:
+    """Bytes that can be had without swapping, as the system estimates them; None where it does not say."""
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except (OSError, ValueError, IndexError):
+        pass
+    return None
 
 
 @functools.cache

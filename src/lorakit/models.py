@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from lorakit import machine
+from lorakit import machine, pipelines
 from lorakit.errors import ModelError, bullet_list, nearest
 from lorakit.formats.peft import base_name
 from lorakit.gguf_cache import converted_gguf, quiet, refuse_missing
@@ -234,6 +234,59 @@ def load_model(spec: str | Path, dtype: str | torch.dtype = "auto", device: str 
     tokenizer = _load_tokenizer(source)
     check_tokenizer(model, tokenizer, source.spec)
     return model.to(target).eval(), tokenizer
+
+
+def load_skeleton(spec: str | Path) -> Any:
+    """The model without its weights: every module and parameter, on the meta device, from its config alone.
+
+    A diffusion pipeline is an `nn.ModuleDict` of its components. A Hub id that is not in the local cache has its
+    configs downloaded, nothing else.
+
+    Raises:
+        ModelError: the model cannot be found, or transformers (or diffusers) has no class for it.
+        MissingDependencyError: a pipeline, and diffusers is not installed.
+    """
+    import torch
+    import transformers
+
+    pipeline = pipelines.folder_of(str(spec))
+    if pipeline is not None:
+        skeleton = pipelines.load_skeleton(pipeline)
+        skeleton.name_or_path = str(pipeline if Path(spec).expanduser().exists() else spec)  # type: ignore[assignment]
+        return skeleton
+    source = resolve(spec)
+    config = _from_pretrained(transformers.AutoConfig, source)
+    own_class = getattr(transformers, next(iter(config.architectures or ()), ""), None)
+    try:
+        with torch.device("meta"), quiet(progress_bars=False):
+            causal: Any = transformers.AutoModelForCausalLM
+            skeleton = own_class._from_config(config) if own_class is not None else causal.from_config(config)
+    except ValueError as error:
+        raise _load_error(source, error) from error
+    skeleton.config._name_or_path = source.published
+    skeleton.name_or_path = source.name
+    return skeleton.eval()
+
+
+def local_folder(spec: str | Path) -> Path:
+    """The folder that holds a base model's files: its own, the conversion of a GGUF file, or the snapshot of a Hub id
+    (downloaded if it is not in the cache).
+
+    Raises:
+        ModelError: the model cannot be found or fetched.
+    """
+    source = resolve(spec)
+    folder = _local_folder(source)
+    if folder is None or (source.kind == "hub" and not any(Path(folder).glob("*.safetensors"))):
+        from huggingface_hub import snapshot_download
+
+        try:
+            folder = snapshot_download(
+                source.location, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model"]
+            )
+        except Exception as error:  # network, gate, name
+            raise _load_error(source, error) from error
+    return Path(folder)
 
 
 def check_tokenizer(model: Any, tokenizer: Any, where: str) -> None:

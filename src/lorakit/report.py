@@ -7,7 +7,7 @@ not how the run came about.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,13 +43,18 @@ def write_report(run_dir: str | Path) -> Path:
         ConfigError: `run.yaml` cannot be read.
         FileError: another of the files cannot be read, or the page cannot be written.
     """
+    run_dir = Path(run_dir)
+    page = run_dir / "report.html"
+    write_text(page, rendered("report.html.jinja", _contents(run_dir)))
+    return page
+
+
+def rendered(template: str, contents: Mapping[str, Any]) -> str:
+    """A page from one of our templates; what `contents` say is escaped, drawings (`Markup`) are not."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
-    run_dir = Path(run_dir)
     environment = Environment(loader=PackageLoader("lorakit"), autoescape=True, undefined=StrictUndefined)
-    page = run_dir / "report.html"
-    write_text(page, environment.get_template("report.html.jinja").render(_contents(run_dir)))
-    return page
+    return environment.get_template(template).render(contents)
 
 
 def _contents(run_dir: Path) -> dict[str, Any]:
@@ -227,6 +232,8 @@ def chart(
     circled: tuple[float, float] | None = None,
     *,
     from_zero: bool = False,
+    x_label: str = "step",
+    y_words: Callable[[float], str] | None = None,
 ) -> Any:
     """A line chart as inline SVG that takes its colours from the page's style.
 
@@ -237,6 +244,8 @@ def chart(
         curves: lines to draw, in order; one without points is left out.
         circled: a point to stress.
         from_zero: whether the y axis starts at 0.
+        x_label: what the x axis counts.
+        y_words: a value on the y axis as text; None: as a number.
 
     Returns:
         Markup, safe to put into the page.
@@ -259,11 +268,13 @@ def chart(
     for y in y_ticks:
         _, down = place(x_low, y)
         parts.append(f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{down}" y2="{down}"/>')
-        parts.append(f'<text x="{_LEFT - 6}" y="{down + 4}" text-anchor="end">{_tick(y)}</text>')
+        parts.append(f'<text x="{_LEFT - 6}" y="{down + 4}" text-anchor="end">{(y_words or _tick)(y)}</text>')
     for x in (x for x in x_ticks if x_low <= x <= x_high):
         across, down = place(x, y_low)
         parts.append(f'<text x="{across}" y="{down + 18}" text-anchor="middle">{x:,.0f}</text>')
-    parts.append(f'<text x="{(_LEFT + _WIDTH - _RIGHT) / 2}" y="{_HEIGHT - 4}" text-anchor="middle">step</text>')
+    parts.append(
+        f'<text x="{(_LEFT + _WIDTH - _RIGHT) / 2}" y="{_HEIGHT - 4}" text-anchor="middle">{escape(x_label)}</text>'
+    )
     for curve in curves:
         placed = [place(x, y) for x, y in curve.points]
         if len(placed) > 1:

@@ -83,6 +83,23 @@ def test_weights_interpolate_from_the_base():
     torch.testing.assert_close(model(x), expected)
 
 
+def test_a_second_adapter_copies_the_base_and_not_the_first(tmp_path):
+    model = classifier()
+    config = LoRAConfig(r=2, target_modules=("body.0",), modules_to_save=("head",))
+    handle = lorakit.attach(model, config, name="a")
+    randomise(handle, "a")
+    handle.add("b", config)
+    assert handle.trainable_tensors("b").keys() == handle.trainable_tensors("a").keys()
+    value = handle.extract("a")
+    assert value.replaced.keys() == handle.extract("b").replaced.keys()
+    handle.load(value, "again")
+    x = torch.randn(4, 6)
+    handle.activate("a")
+    expected = model.eval()(x)
+    handle.activate("again")
+    assert torch.equal(model(x), expected)
+
+
 def test_one_module_cannot_be_trained_whole_and_by_low_rank():
     handle = lorakit.attach(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)), LoRAConfig(r=2), name="low rank")
     with pytest.raises(TargetError, match="trained whole"):

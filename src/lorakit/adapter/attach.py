@@ -18,7 +18,13 @@ from lorakit.adapter import fingerprint, folding
 from lorakit.adapter.config import LoRAConfig
 from lorakit.adapter.folding import FoldReport
 from lorakit.adapter.targets import Targets, find_targets
-from lorakit.adapter.updates import expected_shapes, fresh_updates, loaded_replacement, loaded_updates
+from lorakit.adapter.updates import (
+    expected_shapes,
+    fresh_replacement,
+    fresh_updates,
+    loaded_replacement,
+    loaded_updates,
+)
 from lorakit.adapter.value import Adapter, BaseInfo, Factors
 from lorakit.core.active import NOTHING, ActiveState, Route, Selection
 from lorakit.core.deltas import LayerUpdate, Replacement, trainable
@@ -231,9 +237,9 @@ class AttachedAdapters:
             AdapterError: nothing is active, or an update cannot be folded in; the model is as it was.
         """
         self._refuse_while_merged("merged")
-        selection = self._folding_selection()
+        selection = self.active_selection()
         exchange = folding.Exchange()
-        exchange.put(self._adapted_modules(), selection)
+        exchange.put(self.adapted_modules(), selection)
         self._state.folded = True
         try:
             yield
@@ -243,7 +249,7 @@ class AttachedAdapters:
 
     def merge_report(self, *, seed: int | None = None) -> FoldReport:
         """What `merge` would do: per parameter, how much of the update survives rounding. Changes nothing."""
-        return folding.preview(self.model, self._adapted_modules(), self._folding_selection(), seed)
+        return folding.preview(self.model, self.adapted_modules(), self.active_selection(), seed)
 
     def merge(
         self, *, minimum_survival: float = folding.MINIMUM_SURVIVAL, rounding: str = "nearest", seed: int = 0
@@ -268,7 +274,7 @@ class AttachedAdapters:
             raise AdapterError(f"rounding is 'nearest' or 'stochastic' (got {rounding!r})")
         draws = seed if rounding == "stochastic" else None
         self.merge_report(seed=draws).check(minimum_survival)
-        folding.fold_in(self.model, self._adapted_modules(), self._folding_selection(), draws)
+        folding.fold_in(self.model, self.adapted_modules(), self.active_selection(), draws)
         return self.detach()
 
     # ------------------------------------------------------------ in
@@ -306,7 +312,7 @@ class AttachedAdapters:
                 f"adapter {name!r} is already there; pass replace=True, remove it first, or choose another name"
             )
         if isinstance(adapter, str | Path):
-            adapter = Adapter.load(adapter)
+            adapter = Adapter.load(adapter, model=self.model)
         config = adapter.config if isinstance(adapter, Adapter) else adapter
         trainable = isinstance(adapter, LoRAConfig) if trainable is None else trainable
         targets = find_targets(self.model, config)
@@ -315,10 +321,10 @@ class AttachedAdapters:
         if isinstance(adapter, Adapter):
             self._refuse_mismatch(adapter, targets, modules, check_base=check_base)
             updates: dict[str, LayerUpdate | Replacement] = dict(loaded_updates(adapter, targets))
-            updates |= {path: loaded_replacement(adapter, path, _own(modules[path])) for path in targets.replaced}
+            updates |= {path: loaded_replacement(adapter, path, modules[path]) for path in targets.replaced}
         else:
             updates = dict(fresh_updates(config, targets, modules, seed))
-            updates |= {path: Replacement(_own(modules[path])) for path in targets.replaced}
+            updates |= {path: fresh_replacement(modules[path]) for path in targets.replaced}
         before = self._residents.get(name)
         resident = self._insert(config, updates, modules, trainable=trainable)
         self._residents[name] = resident
@@ -339,7 +345,7 @@ class AttachedAdapters:
         replace: bool = False,
     ) -> None:
         """Make a saved adapter resident under `name`; it is not activated. Arguments and errors as in `add`."""
-        value = Adapter.load(adapter) if isinstance(adapter, str | Path) else adapter
+        value = Adapter.load(adapter, model=self.model) if isinstance(adapter, str | Path) else adapter
         self.add(name, value, trainable=trainable, check_base=check_base, replace=replace)
 
     # ------------------------------------------------------------ out
@@ -398,7 +404,7 @@ class AttachedAdapters:
 
     def save(self, name: str, path: str | Path, format: str = "peft") -> Path:
         """Write an adapter to the folder `path`: `extract(name).save(path)`."""
-        return self.extract(name).save(path, format=format)
+        return self.extract(name).save(path, format=format, model=self.model)
 
     # ------------------------------------------------------------ about
 
@@ -463,11 +469,16 @@ class AttachedAdapters:
             if not module.lorakit_updates:
                 restore(module)
 
-    def _adapted_modules(self) -> dict[str, AdaptedModule]:
+    def adapted_modules(self) -> dict[str, AdaptedModule]:
         """Every module some adapter changes, by path, in the model's order."""
         return {path: module for path, module in base_modules(self.model) if isinstance(module, AdaptedModule)}
 
-    def _folding_selection(self) -> Selection:
+    def active_selection(self) -> Selection:
+        """What is active, to be folded in.
+
+        Raises:
+            AdapterError: nothing is, or each row has its own.
+        """
         selection = self._state.current()
         if isinstance(selection, Route):
             raise AdapterError("inside route() each row has its own adapter, so none can be folded into the weights")
@@ -538,21 +549,17 @@ class AttachedAdapters:
                 continue
             update = updates[path]
             site = site_of(module)
-            weight = next(module.parameters())
+            device = next(module.parameters()).device
             adapted = adapt(
                 module, self.replaced_class if isinstance(update, Replacement) else self.layer_class, self._state
             )
             if isinstance(adapted, AdaptedLayer):
                 adapted.lorakit_site = site
             update.requires_grad_(trainable).train(module.training)
-            adapted.lorakit_updates[resident.slot] = update.to(weight.device)
+            # a skeleton's weights are nowhere; what an adapter holds is somewhere all the same
+            adapted.lorakit_updates[resident.slot] = update if device.type == "meta" else update.to(device)
             resident.modules[path] = adapted
         return resident
-
-
-def _own(module: nn.Module) -> nn.Module:
-    """The module without what other adapters hold in it."""
-    return module.as_base() if isinstance(module, AdaptedModule) else module
 
 
 def _copied(tensor: torch.Tensor) -> torch.Tensor:

@@ -90,7 +90,7 @@ Owner = tuple[str, nn.Module, str]
 
 
 def folded_parameters(
-    modules: Mapping[str, AdaptedModule], selection: Selection, seed: int | None
+    modules: Mapping[str, AdaptedModule], selection: Selection, seed: int | None, *, dtype: torch.dtype | None = None
 ) -> Iterator[tuple[Owner, torch.Tensor, FoldedLayer]]:
     """Every parameter that a selection changes, as it is stored once folded in; one at a time, nothing is written.
 
@@ -98,6 +98,7 @@ def folded_parameters(
         modules: path -> module, in the model's order.
         selection: adapters and weights.
         seed: round stochastically, drawing from it and each parameter's name; None: to the nearest.
+        dtype: of storage; None: each parameter's own.
     """
     for path, module in modules.items():
         for owner, update in _updates(path, module, selection):
@@ -107,13 +108,25 @@ def folded_parameters(
             if seed is not None:
                 digest = hashlib.sha256(f"{seed}|{name}".encode()).digest()
                 generator = torch.Generator(own.device).manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-            folded = fold(own, update, generator=generator, where=name)
+            folded = fold(own, update, dtype=dtype, generator=generator, where=name)
             energy = float(update.pow(2).sum(dtype=torch.float64))
             yield (
                 owner,
                 folded.weight,
                 FoldedLayer(name=name, survived=folded.survived, ratio=folded.ratio, energy=energy),
             )
+
+
+def changed_parameters(path: str, module: AdaptedModule, selection: Selection) -> list[str]:
+    """Full names of the parameters of a module that a selection changes; computes nothing."""
+    active = [update for update, _ in module.active_updates(selection)]
+    if isinstance(module, AdaptedLayer):
+        updates = cast("list[LayerUpdate]", active)
+        names = ["weight"] if any(update.lora is not None for update in updates) else []
+        names += ["bias"] if any(update.bias is not None for update in updates) else []
+    else:
+        names = list(base_parameters(module)) if active else []
+    return [f"{path}.{name}" if path else name for name in names]
 
 
 def _updates(path: str, module: AdaptedModule, selection: Selection) -> Iterator[tuple[Owner, torch.Tensor]]:
@@ -202,7 +215,7 @@ class Exchange:
                 own = module.get_parameter(name)
                 self._kept.append((module, name, own))
                 module._parameters[name] = nn.Parameter(stored, requires_grad=own.requires_grad)
-            for inner, name, buffer in _trained_buffers(modules, selection):
+            for inner, name, buffer in trained_buffers(modules, selection):
                 self._kept.append((inner, name, cast("torch.Tensor", inner._buffers[name])))
                 inner._buffers[name] = buffer.clone()
         except BaseException:
@@ -235,14 +248,14 @@ def fold_in(model: nn.Module, modules: Mapping[str, AdaptedModule], selection: S
         else:
             with torch.no_grad():
                 own.copy_(stored)
-    for inner, name, buffer in _trained_buffers(modules, selection):
+    for inner, name, buffer in trained_buffers(modules, selection):
         cast("torch.Tensor", inner._buffers[name]).copy_(buffer)
     config = getattr(model, "config", None)
     if untied and getattr(config, "tie_word_embeddings", False):
         config.tie_word_embeddings = False  # type: ignore[union-attr]
 
 
-def _trained_buffers(
+def trained_buffers(
     modules: Mapping[str, AdaptedModule], selection: Selection
 ) -> Iterator[tuple[nn.Module, str, torch.Tensor]]:
     """Buffers (a batch norm's statistics) that a whole trained module brings along: those of the first that is

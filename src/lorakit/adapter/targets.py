@@ -132,7 +132,9 @@ def _match_names(names: str | Sequence[str], paths: Iterable[str], what: str, pr
     found_by_name = {name: [path for path in paths if _matches(name, path)] for name in names}
     for name, found in found_by_name.items():
         if not found:
-            problems.append(f"{what} {name!r}: matches no module{_did_you_mean(name, paths)}")
+            # looking for the nearest takes long in a big model: for the first few only
+            hint = _did_you_mean(name, paths) if len(problems) < 5 else ""
+            problems.append(f"{what} {name!r}: matches no module{hint}")
     meant = {path for found in found_by_name.values() for path in found}
     return [path for path in paths if path in meant]
 

@@ -36,7 +36,7 @@ def expected_shapes(adapter: Adapter, targets: Targets, modules: Mapping[str, nn
     return shapes
 
 
-def _seeded(seed: int, path: str) -> torch.Generator:
+def seeded(seed: int, path: str) -> torch.Generator:
     """A generator that depends on the seed and the layer's path only: not on the order of layers, nor on what was
     drawn before.
     """
@@ -66,7 +66,7 @@ def _fresh_lora(config: LoRAConfig, target: Target, seed: int) -> LoRA:
     initializer = by_name[config.init]
     if len(shape_A) > 2 and config.init == "orthogonal":
         raise ConfigError(f"{target.path}: init 'orthogonal' is defined for matrices, not for convolutions")
-    start = initializer(shape_A, shape_B, _seeded(seed, target.path))
+    start = initializer(shape_A, shape_B, seeded(seed, target.path))
     return _lora(config, start.A, start.B, target.alpha)
 
 
@@ -84,9 +84,16 @@ def loaded_updates(adapter: Adapter, targets: Targets) -> Iterator[tuple[str, La
         yield path, LayerUpdate(loras.get(path), adapter.biases[path].clone() if path in targets.biases else None)
 
 
+def fresh_replacement(module: nn.Module) -> Replacement:
+    """A trainable copy of a module as it is in the base, whatever other adapters put in its place."""
+    return Replacement(module.as_base() if isinstance(module, AdaptedModule) else module)
+
+
 def loaded_replacement(adapter: Adapter, path: str, module: nn.Module) -> Replacement:
     """The whole trained copy of the module at `path` that the value holds."""
-    replacement = Replacement(module)
+    replacement = fresh_replacement(module)
     own = {name.removeprefix(f"{path}."): t for name, t in adapter.replaced.items() if name.startswith(f"{path}.")}
+    if any(parameter.is_meta for parameter in replacement.copy.parameters()):
+        replacement.copy.to_empty(device="cpu")  # a skeleton's module: the value brings the numbers
     replacement.copy.load_state_dict(own)
     return replacement

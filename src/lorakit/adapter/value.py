@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch
 from torch import nn
@@ -14,6 +14,9 @@ from torch import nn
 from lorakit.adapter.config import LoRAConfig
 from lorakit.core import lowrank
 from lorakit.errors import AdapterError, bullet_list, nearest
+
+if TYPE_CHECKING:
+    from lorakit.adapter.spectrum import Spectrum
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -187,7 +190,7 @@ class Adapter:
             )
         return replace(self, factors={path: replace(f, B=f.B * factor) for path, f in self.factors.items()})
 
-    def folded(self, *, uniform_rank: bool = False) -> Self:
+    def folded(self, *, uniform_rank: bool = False) -> Adapter:
         """The same updates with every scale 1 (alpha = r, carried by B, in fp32): what formats need that know one
         scale, or none.
 
@@ -207,10 +210,32 @@ class Adapter:
                 A = torch.cat([A, A.new_zeros(largest - f.r, *A.shape[1:])])
                 B = torch.cat([B, B.new_zeros(B.shape[0], largest - f.r, *B.shape[2:])], dim=1)
             factors[path] = replace(f, A=A, B=B, alpha=float(A.shape[0]))
-        config = replace(
-            self.config, r=largest, alpha=float(largest), scaling="lora", rank_pattern={}, alpha_pattern={}
-        )
-        return replace(self, config=config, factors=factors)
+        from lorakit.adapter.compress import with_factors
+
+        return with_factors(self, factors)
+
+    def spectrum(self) -> Spectrum:
+        """Singular values (scale included), energy, stable and effective rank and norm of every layer's update, from
+        the factors.
+        """
+        from lorakit.adapter.spectrum import spectrum
+
+        return spectrum(self)
+
+    def compress(self, *, rank: int | None = None, energy: float | None = None) -> Adapter:
+        """The nearest adapter of lower rank: see `lorakit.adapter.compress.compress`, which also gives the error (it
+        stands in `metadata["compressed"]` too).
+
+        Args:
+            rank: the same for every layer.
+            energy: share of the squared singular values of all layers together that stays; ranks differ per layer.
+
+        Raises:
+            AdapterError: neither or both given or out of range, or a grouped convolution that cannot have this rank.
+        """
+        from lorakit.adapter.compress import compress
+
+        return compress(self, rank=rank, energy=energy).adapter
 
     def check(self, *, allow_zero: bool = False) -> None:
         """Refuse what cannot be a trained adapter: nothing in it, shapes that do not belong together, NaN or infinity,

@@ -26,6 +26,12 @@ VERBS: dict[str, tuple[str, str]] = {
     "eval": ("lorakit.cli.eval", "Measure a model and its adapters on held-out rows."),
     "generate": ("lorakit.cli.generate", "Answer prompts or rows, many at a time."),
     "chat": ("lorakit.cli.chat", "Talk with a model and its adapter."),
+    "combine": ("lorakit.cli.combine", "Make one adapter of several."),
+    "compress": ("lorakit.cli.compress", "Lower an adapter's rank, as far as held-out rows allow."),
+    "inspect": ("lorakit.cli.inspect", "Show what an adapter changes, layer by layer."),
+    "merge": ("lorakit.cli.merge", "Fold adapters into their base, verify, write a plain model."),
+    "convert": ("lorakit.cli.convert", "Write an adapter in another file format."),
+    "export": ("lorakit.cli.export", "Write an adapter for another tool; --lint tells what it cannot carry."),
 }
 
 

@@ -41,7 +41,15 @@ console = Console(stderr=True, markup=False, highlight=False, emoji=False, soft_
 _NEVER_FROM_FILE = {"as_json", "config_file", "help"}
 
 # verb -> what it does not take from a file written for training, where the name means another thing
-_ANOTHER_IN_TRAINING = {"eval": {"data", "batch_size"}, "generate": {"output", "batch_size"}, "demo": {"output"}}
+_ANOTHER_IN_TRAINING = {
+    "eval": {"data", "batch_size"},
+    "generate": {"output", "batch_size"},
+    "demo": {"output"},
+    "combine": {"method", "output", "rank"},
+    "compress": {"data", "output", "rank"},
+    "convert": {"output"},
+    "export": {"output"},
+}
 
 
 def emit(result: Mapping[str, Any], as_json: bool) -> None:
@@ -162,8 +170,10 @@ def _read_config_file(ctx: click.Context, parameter: click.Parameter, path: str 
             plain |= dict.fromkeys(names | {str(each.name)}, each)
     values = read_yaml(path)
     problems: list[str] = []
-    if not configured:
-        values, problems = _without_training(str(ctx.info_name), plain, values, path)
+    all_of_training = {*spellings(TrainConfig), *section_names(TrainConfig)}
+    of_training = not configured < all_of_training  # a part of its settings, or none, is another verb's
+    if not of_training:
+        values, problems = _without_training(str(ctx.info_name), plain, configured, values, path)
     for_click: dict[str, Any] = {}
     for_config: dict[str, Any] = {}
     for key, value in values.items():
@@ -171,7 +181,7 @@ def _read_config_file(ctx: click.Context, parameter: click.Parameter, path: str 
         if name in configured:
             for_config[key] = value
         elif name not in plain:
-            training = {} if configured else spellings(TrainConfig)  # it may be a misspelled one of those too
+            training = {} if of_training else spellings(TrainConfig)  # it may be a misspelled one of those too
             problems.append(unknown_key(key, {*plain, *configured}, training, advice_of(TrainConfig)))
         elif plain[name].name in for_click:
             problems.append(f"{key!r} sets {plain[name].name!r} a second time")
@@ -187,13 +197,14 @@ def _read_config_file(ctx: click.Context, parameter: click.Parameter, path: str 
 
 
 def _without_training(
-    verb_name: str, plain: dict[str, click.Parameter], values: Mapping[str, Any], path: str
+    verb_name: str, plain: dict[str, click.Parameter], configured: set[str], values: Mapping[str, Any], path: str
 ) -> tuple[dict[str, Any], list[str]]:
     """Leave out what only training knows of a file written for it, such as a run's `run.yaml`; tell what is taken.
 
     Args:
         verb_name: another verb than train.
         plain: name -> parameter of the verb; further spellings of those that training has too are added.
+        configured: names of further settings of the verb, which a config class takes.
         values: of the file.
         path: of the file.
 
@@ -206,11 +217,12 @@ def _without_training(
         if field in plain and field not in another:
             plain.setdefault(spelling, plain[field])
     named = {key: str(key).replace("-", "_") for key in values}
-    only_training = {key for key, name in named.items() if name in {*fields, *sections} and name not in plain}
+    own = {*plain, *configured}
+    only_training = {key for key, name in named.items() if name in {*fields, *sections} and name not in own}
     if not only_training:
         return dict(values), []
     remaining = {k: v for k, v in values.items() if k not in only_training and named[k] not in another}
-    taken = [str(key) for key, value in remaining.items() if named[key] in plain and value is not None]
+    taken = [str(key) for key, value in remaining.items() if named[key] in own and value is not None]
     console.print(f"config {path} was written for training; taken from it: {', '.join(taken) or 'nothing'}")
     inner = [key for k in only_training if named[k] in sections and isinstance(values[k], Mapping) for key in values[k]]
     return remaining, [unknown_key(key, fields) for key in inner if str(key).replace("-", "_") not in fields]

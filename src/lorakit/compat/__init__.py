@@ -1,1 +1,1 @@
-"""Facades with other libraries' names: a script that changes only its import line runs on lorakit."""
+"""Other libraries' names over lorakit's parts, so that a script of theirs runs after a change of its import line."""

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 import torch
+from torch import nn
 
 from lorakit.errors import AdapterError
 
@@ -37,11 +38,13 @@ class Route:
     Attributes:
         slots: slot or None, one a row.
         length: tokens a row in the running forward pass, where the model was told a (rows, length, ...) tensor.
+        stacks: what layers keep for the length of the route (`core.routed`).
     """
 
     def __init__(self, slots: Sequence[str | None]) -> None:
         self.slots = tuple(slots)
         self.length: int | None = None
+        self.stacks: dict[nn.Module, object] = {}
         self._places: dict[tuple[int, torch.device], dict[str, Rows]] = {}
 
     def places(self, x: torch.Tensor, where: str) -> dict[str, Rows]:

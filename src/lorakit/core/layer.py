@@ -14,6 +14,7 @@ from torch import nn
 
 from lorakit.core.active import ActiveState, Route, Rows, Selection
 from lorakit.core.deltas import LayerUpdate, Replacement, call_replaced
+from lorakit.core.routed import add_stacked, stackable
 from lorakit.core.sites import Site
 from lorakit.errors import AdapterError
 
@@ -91,10 +92,13 @@ class AdaptedLayer(AdaptedModule):
         """The base's output plus, at the rows of each adapter, what that adapter adds for them."""
         routed = cast("list[tuple[LayerUpdate, Rows]]", self.routed_updates(route, x))
         y: torch.Tensor = super().forward(x, *args, **kwargs)
+        if stackable(self.lorakit_site, routed, route, x):
+            add_stacked(route, self, routed, x, y)
+            return y
         for update, rows in routed:
             for change in self._changes(update, x[rows], y):
                 if isinstance(rows, slice):
-                    y[rows] += change
+                    y.narrow(0, rows.start, rows.stop - rows.start).add_(change)
                 else:
                     y.index_add_(0, rows, change.expand(len(rows), *y.shape[1:]))
         return y

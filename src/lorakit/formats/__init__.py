@@ -15,6 +15,12 @@ __all__ = ["CODECS", "BaseFacts", "Codec", "Context", "codec", "load_adapter", "
 # name -> module, in the order in which a file is offered to them: the most telling first
 CODECS = {
     "peft": "lorakit.formats.peft",
+    "ollama": "lorakit.formats.ollama",
+    "gguf": "lorakit.formats.gguf",
+    "vllm": "lorakit.formats.vllm",
+    "loralib": "lorakit.formats.loralib",
+    "kohya": "lorakit.formats.kohya",
+    "diffusers": "lorakit.formats.diffusers",
 }
 
 

@@ -4,15 +4,22 @@ one: these four functions, no class.
 
 from __future__ import annotations
 
+import json
+import re
+from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Any, Literal, Protocol, Self
 
 from torch import nn
 
-from lorakit.adapter.value import Adapter
+from lorakit.adapter.config import LoRAConfig
+from lorakit.adapter.value import Adapter, BaseInfo, Factors
 from lorakit.core.layer import base_modules
+from lorakit.errors import AdapterFileError, FileError
+from lorakit.files import parse_json
+from lorakit.version import __version__
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,21 +30,27 @@ class BaseFacts:
         modules: module path -> shape of its weight, of every module that has one, in the model's order. Formats that
         flatten paths (kohya) or rename layers (GGUF) build their name map from it and invert it.
         config: the base's config.json, for the number of heads and the like.
+        kinds: module path -> "embedding" or "convolution", of the modules that are one; all others multiply by a
+        matrix.
     """
 
     modules: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     config: Mapping[str, Any] = field(default_factory=dict)
+    kinds: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def of(cls, model: nn.Module) -> Self:
         """The facts of a model in memory (on the meta device will do)."""
-        modules = {
-            path: tuple(weight.shape)
-            for path, module in base_modules(model)
-            if isinstance(weight := getattr(module, "weight", None), nn.Parameter)
-        }
+        modules, kinds = {}, {}
+        for path, module in base_modules(model):
+            if isinstance(weight := getattr(module, "weight", None), nn.Parameter):
+                modules[path] = tuple(weight.shape)
+                if isinstance(module, nn.Embedding):
+                    kinds[path] = "embedding"
+                elif isinstance(module, nn.modules.conv._ConvNd):
+                    kinds[path] = "convolution"
         to_dict = getattr(getattr(model, "config", None), "to_dict", None)
-        return cls(modules=modules, config=to_dict() if to_dict else {})
+        return cls(modules=modules, config=to_dict() if to_dict else {}, kinds=kinds)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,11 +59,18 @@ class Context:
 
     Attributes:
         base: facts of the base, where a model was named.
-        alpha: numerator of the scale, for formats that do not store it (loralib).
+        alpha: numerator of the scale, for formats that do not store it (loralib). Reading: what the file was trained
+        with; writing: what its reader will be made with.
+        enable_lora: which equal parts of a layer's output have an update, for loralib's MergedLinear.
+        tensor_type: of the tensors written, where the format has a choice (GGUF).
+        base_reference: what the base is called where the adapter goes: Ollama's FROM, vLLM's model.
     """
 
     base: BaseFacts | None = None
     alpha: float | None = None
+    enable_lora: tuple[bool, ...] | None = None
+    tensor_type: Literal["f32", "f16"] = "f32"
+    base_reference: str | None = None
 
 
 class Codec(Protocol):
@@ -79,3 +99,67 @@ class Codec(Protocol):
     def write(self, adapter: Adapter, path: Path, context: Context) -> Path:
         """Write what has no obstacles; return what was written (a file, or a folder)."""
         ...
+
+
+# ---------------------------------------------------------------- what several codecs need
+
+
+def config_of(
+    factors: Mapping[str, Factors],
+    *,
+    modules: Mapping[str, Any] | None = None,
+    bias: Literal["none", "all", "lora_only"] = "none",
+) -> LoRAConfig:
+    """The config of an adapter whose file has none: names of the layers, the most common rank and alpha, and patterns
+    for the others.
+
+    Args:
+        factors: module path -> update, whose scale is alpha / r; at least one.
+        modules: paths of all modules of the base. Where every module of one name is adapted the name stands for them.
+        bias: which biases are in the file.
+    """
+    r = Counter(f.r for f in factors.values()).most_common(1)[0][0]
+    alpha = Counter(f.alpha for f in factors.values()).most_common(1)[0][0]
+    left_out = {path.rsplit(".", 1)[-1] for path in modules or () if path not in factors}
+    names = [path if modules is None or (leaf := path.rsplit(".", 1)[-1]) in left_out else leaf for path in factors]
+    return LoRAConfig(
+        r=r,
+        alpha=alpha,
+        target_modules=tuple(dict.fromkeys(names)),
+        rank_pattern={re.escape(path): f.r for path, f in factors.items() if f.r != r},
+        alpha_pattern={re.escape(path): f.alpha for path, f in factors.items() if f.alpha != alpha},
+        bias=bias,
+    )
+
+
+def whole_tensors(adapter: Adapter, consumer: str) -> list[str]:
+    """The obstacles of a format that carries low-rank updates and nothing else."""
+    return [
+        *(f"{path}: a trained bias, which {consumer} does not read; train with bias='none'" for path in adapter.biases),
+        *(
+            f"{name}: trained whole (modules_to_save), which {consumer} does not read; merge instead"
+            for name in adapter.replaced
+        ),
+    ]
+
+
+def our_metadata(adapter: Adapter) -> str:
+    """What lorakit knows of an adapter and no other tool asks for, as a string for a file's header."""
+    base = asdict(adapter.base) if adapter.base else None
+    return json.dumps({"version": __version__, "base": base, "metadata": dict(adapter.metadata)}, sort_keys=True)
+
+
+def read_our_metadata(text: str | None, where: Path) -> tuple[BaseInfo | None, dict[str, str]]:
+    """Undo `our_metadata`: the base and the adapter's own metadata.
+
+    Raises:
+        AdapterFileError: it is not as we wrote it.
+    """
+    if text is None:
+        return None, {}
+    try:
+        ours = parse_json(text, f"{where} (lorakit metadata)")
+        base = ours["base"]
+        return (BaseInfo(**{**base, "samples": tuple(base["samples"])}) if base else None), dict(ours["metadata"])
+    except (FileError, KeyError, TypeError) as error:
+        raise AdapterFileError(f"{where}: its lorakit metadata is damaged: {error}") from None

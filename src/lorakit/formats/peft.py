@@ -7,9 +7,7 @@ this version does not know is refused by name: a setting that is ignored may be 
 
 from __future__ import annotations
 
-import json
 import re
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,15 +17,13 @@ from lorakit.adapter.config import LoRAConfig
 from lorakit.adapter.value import Adapter, BaseInfo, Factors
 from lorakit.errors import AdapterFileError, ConfigError, FileError, bullet_list
 from lorakit.files import (
-    parse_json,
     read_json,
     read_safetensors,
     read_safetensors_header,
     write_json,
     write_safetensors,
 )
-from lorakit.formats.codec import Context
-from lorakit.version import __version__
+from lorakit.formats.codec import Context, our_metadata, read_our_metadata
 
 CONFIG_FILE = "adapter_config.json"
 TENSOR_FILE = "adapter_model.safetensors"
@@ -89,9 +85,7 @@ def obstacles(adapter: Adapter, context: Context) -> list[str]:
 
 def write(adapter: Adapter, folder: Path, context: Context) -> Path:
     """Write both files into `folder` (created if need be), the config last; return the folder."""
-    write_safetensors(
-        folder / TENSOR_FILE, _named_tensors(adapter), {"format": "pt", "lorakit": _our_metadata(adapter)}
-    )
+    write_safetensors(folder / TENSOR_FILE, _named_tensors(adapter), {"format": "pt", "lorakit": our_metadata(adapter)})
     write_json(folder / CONFIG_FILE, _config_for_peft(adapter))
     return folder
 
@@ -156,20 +150,16 @@ def _patterns(adapter: Adapter) -> tuple[dict[str, int], dict[str, float]]:
     """
     config = adapter.config
     ranks, alphas = dict(config.rank_pattern), dict(config.alpha_pattern)
-    wrong_r = {re.escape(p): f.r for p, f in adapter.factors.items() if _by_pattern(ranks, p, config.r) != f.r}
+    wrong_r = {re.escape(p): f.r for p, f in adapter.factors.items() if by_pattern(ranks, p, config.r) != f.r}
     wrong_alpha = {
-        re.escape(p): f.alpha for p, f in adapter.factors.items() if _by_pattern(alphas, p, config.alpha) != f.alpha
+        re.escape(p): f.alpha for p, f in adapter.factors.items() if by_pattern(alphas, p, config.alpha) != f.alpha
     }
     return wrong_r | ranks, wrong_alpha | alphas  # the first pattern that matches counts, so whole paths come first
 
 
-def _by_pattern(patterns: dict[str, Any], path: str, otherwise: float) -> float:
+def by_pattern(patterns: dict[str, Any], path: str, otherwise: float) -> float:
+    """The value of the first pattern that means `path`, as PEFT reads them."""
     return next((value for key, value in patterns.items() if re.fullmatch(rf"(.*\.)?({key})", path)), otherwise)
-
-
-def _our_metadata(adapter: Adapter) -> str:
-    base = asdict(adapter.base) if adapter.base else None
-    return json.dumps({"version": __version__, "base": base, "metadata": dict(adapter.metadata)}, sort_keys=True)
 
 
 # ---------------------------------------------------------------- reading
@@ -194,8 +184,8 @@ def read(path: Path, context: Context) -> Adapter:
         tensors, metadata = read_safetensors(tensor_file)
     except FileError as error:
         raise AdapterFileError(str(error)) from error
-    config = _read_config(values, folder / CONFIG_FILE)
-    base, extra = _read_our_metadata(metadata, tensor_file)
+    config = read_config(values, folder / CONFIG_FILE)
+    base, extra = read_our_metadata(metadata.get("lorakit"), tensor_file)
     if base is None and values.get("base_model_name_or_path"):
         base = BaseInfo(name=values["base_model_name_or_path"], architecture="", dtype="", structure="", samples=())
     return _sort_tensors(tensors, config, tensor_file, base, extra)
@@ -214,7 +204,7 @@ def base_name(folder: Path) -> str | None:
     values, tensor_file = read_json(folder / CONFIG_FILE), folder / TENSOR_FILE
     named = values.get("base_model_name_or_path") if isinstance(values, dict) else None
     if named and tensor_file.is_file():
-        ours, _ = _read_our_metadata(read_safetensors_header(tensor_file)[1], tensor_file)
+        ours, _ = read_our_metadata(read_safetensors_header(tensor_file)[1].get("lorakit"), tensor_file)
         if ours is not None and ours.published == named:
             return ours.name
     return str(named) if named else None
@@ -232,7 +222,12 @@ def _what_is_there(folder: Path) -> str:
     return f"; adapters are in its folders {', '.join(inside)}" if inside else ""
 
 
-def _read_config(values: Any, where: Path) -> LoRAConfig:
+def read_config(values: Any, where: Path | str) -> LoRAConfig:
+    """PEFT's settings as ours.
+
+    Raises:
+        AdapterFileError: begins with `where`; lists every setting that would change the function and is not supported.
+    """
     if not isinstance(values, dict):
         raise AdapterFileError(f"{where}: expected an object, found {type(values).__name__}")
     problems = []
@@ -269,17 +264,6 @@ def _read_config(values: Any, where: Path) -> LoRAConfig:
     raise AdapterFileError(f"{where}: cannot be used:\n{bullet_list(problems)}")
 
 
-def _read_our_metadata(metadata: dict[str, str], where: Path) -> tuple[BaseInfo | None, dict[str, str]]:
-    if "lorakit" not in metadata:
-        return None, {}
-    try:
-        ours = parse_json(metadata["lorakit"], f"{where} (lorakit metadata)")
-        base = ours["base"]
-        return (BaseInfo(**{**base, "samples": tuple(base["samples"])}) if base else None), dict(ours["metadata"])
-    except (FileError, KeyError, TypeError) as error:
-        raise AdapterFileError(f"{where}: its lorakit metadata is damaged: {error}") from None
-
-
 def _sort_tensors(
     tensors: dict[str, torch.Tensor], config: LoRAConfig, where: Path, base: BaseInfo | None, metadata: dict[str, str]
 ) -> Adapter:
@@ -312,12 +296,12 @@ def _sort_tensors(
         A, B = pair["A"], pair["B"]
         if kinds[path] == "convolution":
             A = _grouped(A, B)
-        expected = int(_by_pattern(config.rank_pattern, path, config.r))
+        expected = int(by_pattern(config.rank_pattern, path, config.r))
         if A.shape[0] != expected:
             problems.append(
                 f"{path}: rank {A.shape[0]} in the tensors, {expected} in the config, so its scale is unknown"
             )
-        factors[path] = Factors(A=A, B=B, alpha=_by_pattern(config.alpha_pattern, path, config.alpha), kind=kinds[path])
+        factors[path] = Factors(A=A, B=B, alpha=by_pattern(config.alpha_pattern, path, config.alpha), kind=kinds[path])
     if problems:
         raise AdapterFileError(f"{where}: nothing loaded:\n{bullet_list(problems)}")
     return Adapter(config=config, factors=factors, biases=biases, replaced=replaced, base=base, metadata=metadata)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
 
-from lorakit.data.batches import collate, plan_evaluation
+from lorakit.data.batches import Batch, collate, plan_evaluation
 from lorakit.data.chat import Example
 from lorakit.fusion import fused
 from lorakit.packing import packed_attention, packed_logits
@@ -75,6 +75,23 @@ def cross_entropy_sum_reference(logits: torch.Tensor, targets: torch.Tensor) -> 
     return torch.nn.functional.cross_entropy(logits.float(), targets, reduction="sum")
 
 
+def token_losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """-log softmax(logits)[target] of each token; never an fp32 copy of all logits. No gradient.
+
+    Args:
+        logits: (L, V), fp32, bf16 or fp16.
+        targets: (L,) int64, each in [0, V).
+
+    Returns:
+        (L,) fp32.
+    """
+    step = max(1, _CHUNK_ELEMENTS // logits.shape[1])
+    losses = [logits.new_zeros(0, dtype=torch.float32)]
+    for z, target in zip(torch.split(logits, step), torch.split(targets, step), strict=True):
+        losses.append(torch.nn.functional.cross_entropy(z.float(), target, reduction="none"))
+    return torch.cat(losses)
+
+
 @torch.inference_mode()
 def mean_loss(
     model: torch.nn.Module, examples: Sequence[Example], *, micro_batch_tokens: int = 4096
@@ -89,19 +106,41 @@ def mean_loss(
     Returns:
         (loss, labelled tokens)
     """
+    total, tokens = 0.0, 0
+    for batch, logits in _evaluated(model, examples, micro_batch_tokens):
+        total += float(cross_entropy_sum(logits, batch.targets))
+        tokens += len(batch.targets)
+    if tokens == 0:
+        raise ValueError("mean_loss: no labelled token in any example")
+    return total / tokens, tokens
+
+
+@torch.inference_mode()
+def losses_by_example(
+    model: torch.nn.Module, examples: Sequence[Example], *, micro_batch_tokens: int = 4096
+) -> list[tuple[float, int]]:
+    """For each example its sum of token losses and its labelled tokens; arguments as in `mean_loss`."""
+    found = [(0.0, 0)] * len(examples)
+    for batch, logits in _evaluated(model, examples, micro_batch_tokens):
+        counts = [sum(examples[row].trained[1:]) for row in batch.rows]
+        own = torch.split(token_losses(logits, batch.targets).double(), counts)
+        for row, losses, count in zip(batch.rows, own, counts, strict=True):
+            found[row] = float(losses.sum()), count
+    return found
+
+
+def _evaluated(
+    model: torch.nn.Module, examples: Sequence[Example], micro_batch_tokens: int
+) -> Iterator[tuple[Batch, torch.Tensor]]:
+    """All examples in micro-batches, each with the logits (L, V) that predict its targets; the model in eval mode."""
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
-    total, tokens = 0.0, 0
     try:
         lengths = [len(example.ids) for example in examples]
         with fused(model), packed_attention(model, max(lengths)) as packs:
             for indices in plan_evaluation(lengths, micro_batch_tokens=micro_batch_tokens):
                 batch = collate(examples, indices, share=packs).to(device)
-                total += float(cross_entropy_sum(packed_logits(model, batch), batch.targets))
-                tokens += len(batch.targets)
+                yield batch, packed_logits(model, batch)
     finally:
         model.train(was_training)
-    if tokens == 0:
-        raise ValueError("mean_loss: no labelled token in any example")
-    return total / tokens, tokens

@@ -21,7 +21,7 @@ from lorakit.core import lowrank
 from lorakit.core.active import ActiveState, Route
 from lorakit.core.deltas import LayerUpdate, LoRA, Replacement
 from lorakit.core.layer import AdaptedLayer, AdaptedModule, ReplacedContainer, ReplacedModule
-from lorakit.core.sites import EMBEDDING, TransposedLinearSite
+from lorakit.core.sites import TransposedLinearSite
 
 FACTORS = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
 
@@ -211,6 +211,9 @@ class LoraLayer(BaseTunerLayer, AdaptedLayer):
                 for letter in "AB":
                     yield self._factor_key(letter, names[slot]), f"lorakit_updates.{slot}.lora.{letter}"
 
+    def _is_lookup(self) -> bool:
+        return self.lorakit_site is not None and self.lorakit_site.kind == "embedding"
+
     def _factor_key(self, letter: str, name: str) -> str:
         if self._is_lookup():
             return f"lora_embedding_{letter}.{name}"
@@ -318,8 +321,9 @@ class LoraLayer(BaseTunerLayer, AdaptedLayer):
             for name, part in self.parts()
             if not isinstance(part, views.ByName | views.ParametersByName) or len(part)
         ]
+        name = "Linear" if self.fan_in_fan_out else type(self).__bases__[1].__name__
         lines = "\n".join(parts).replace("\n", "\n  ")
-        return f"lora.{type(self).__bases__[1].__name__}(\n  {lines}\n)"
+        return f"lora.{name}(\n  {lines}\n)"
 
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
         """The dense update of one adapter, scale included, in the layout and dtype of the layer's weight."""

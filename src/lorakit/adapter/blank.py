@@ -1,0 +1,41 @@
+"""The adapter that a config would make in a model, without values: what is to be known of it before it is trained."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from lorakit.adapter.config import LoRAConfig
+from lorakit.adapter.targets import find_targets
+from lorakit.adapter.value import Adapter, Factors
+from lorakit.core.layer import base_modules
+
+
+def blank_adapter(model: nn.Module, config: LoRAConfig) -> Adapter:
+    """What `attach(model, config)` would hold, its tensors on the meta device. The model may be there too.
+
+    Raises:
+        TargetError: the config names what is not in the model or cannot be adapted.
+    """
+    targets = find_targets(model, config)
+    modules = dict(base_modules(model))
+    factors = {}
+    for target in targets.layers:
+        A, B = (torch.empty(shape, device="meta") for shape in target.site.shapes(target.module, target.r, target.path))
+        factors[target.path] = Factors(A=A, B=B, alpha=target.alpha, kind=target.site.kind)  # type: ignore[arg-type]
+    return Adapter(
+        config=config,
+        factors=factors,
+        biases={path: _blank(modules[path].get_parameter("bias")) for path in targets.biases},
+        replaced={
+            f"{path}.{name}": _blank(tensor)
+            for path in targets.replaced
+            for name, tensor in modules[path].state_dict().items()
+            if "lorakit_updates." not in name
+        },
+    )
+
+
+def _blank(tensor: torch.Tensor) -> torch.Tensor:
+    dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
+    return torch.empty(tensor.shape, dtype=dtype, device="meta")

@@ -1,0 +1,95 @@
+"""`lorakit export`: an adapter for another tool, and what that tool could not carry, told before training."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import click
+
+from lorakit.adapter.config import LoRAConfig
+from lorakit.cli.common import config_options, console, emit, verb
+from lorakit.config import Config
+from lorakit.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Planned(Config):
+    """The adapter that is yet to be trained; its flags are those of `lorakit train`."""
+
+    lora: LoRAConfig = field(default_factory=LoRAConfig)
+
+
+@verb("export")
+@click.option("--adapter", metavar="PATH", help="Adapter to export, of any format that can be read.")
+@click.option(
+    "--to", required=True, metavar="TARGET", help="gguf, ollama, vllm, kohya, ...: docs/formats.md lists them."
+)
+@click.option("--output", help="File or folder to write.")
+@click.option("--from", "source_format", metavar="FORMAT", help="Format of --adapter; without it, recognised.")
+@click.option(
+    "--model",
+    "--model_name_or_path",
+    help="The base (its config is read, no weights); without it, the one the adapter names.",
+)
+@click.option(
+    "--lint", is_flag=True, help="Write nothing; tell what the target cannot carry, of --adapter or of settings."
+)
+@config_options(_Planned)
+def command(
+    adapter: str | None,
+    to: str,
+    output: str | None,
+    source_format: str | None,
+    model: str | None,
+    lint: bool,
+    config: _Planned,
+    as_json: bool,
+) -> None:
+    """Write an adapter for another tool.
+
+    With --lint nothing is written: what the target cannot carry is listed, of --adapter, or, before there is one, of
+    the settings (the same as for train, or --config run.yaml) on --model. Exit code 2 if there is such a thing.
+    """
+    from lorakit.cli.files import context_of, transcribe
+
+    flags = click.get_current_context().params
+    given = {key.removeprefix("lora__") for key in flags if key.startswith("lora__") and flags[key] is not None}
+    alpha = config.lora.alpha if "alpha" in given else None
+    planned = sorted(given - {"alpha"})
+    if adapter is not None and planned:
+        raise ConfigError(f"--{planned[0]} is a setting of an adapter yet to be trained; --adapter has its own")
+    if lint:
+        if adapter is None and model is None:
+            raise ConfigError("--lint needs --adapter, or --model with the settings of the adapter to be trained")
+        problems = _obstacles(adapter, source_format, to, model, config.lora, alpha)
+        for problem in problems:
+            console.print(f"  - {problem}")
+        console.print(
+            f"{to} cannot carry this: {len(problems)} thing(s)" if problems else f"ok     {to} can carry all of it"
+        )
+        emit({"ok": not problems, "to": to, "adapter": adapter, "model": model, "obstacles": problems}, as_json)
+        if problems:
+            raise click.exceptions.Exit(2)
+        return
+    if adapter is None or output is None:
+        missing = [flag for flag, value in (("--adapter", adapter), ("--output", output)) if value is None]
+        raise ConfigError(f"export needs {' and '.join(missing)}; to check settings before training, add --lint")
+    emit(transcribe(adapter, source_format, to, output, context_of(model, alpha)), as_json)
+
+
+def _obstacles(
+    adapter: str | None, source_format: str | None, to: str, model: str | None, planned: LoRAConfig, alpha: float | None
+) -> list[str]:
+    from lorakit.adapter.blank import blank_adapter
+    from lorakit.cli.files import context_for_writing, context_of
+    from lorakit.formats import BaseFacts, Context, codec, load_adapter
+    from lorakit.models import load_skeleton
+
+    target = codec(to)
+    if adapter is not None:
+        context = context_of(model, alpha)
+        value = load_adapter(adapter, format=source_format, context=context)
+        return target.obstacles(value, context_for_writing(value, context))
+    assert model is not None
+    skeleton = load_skeleton(model)
+    return target.obstacles(blank_adapter(skeleton, planned), Context(base=BaseFacts.of(skeleton)))

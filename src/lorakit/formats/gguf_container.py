@@ -1,0 +1,206 @@
+"""The container of a GGUF file: metadata and tensors, written as version 3 and read strictly. Little-endian, as all
+files of adapters are. Knows no names of models or layers.
+
+Layout: magic, version, counts; metadata as (key, type, value); tensors as (name, dimensions innermost first, type,
+offset); then the data, each tensor at a multiple of the alignment.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from lorakit import files
+from lorakit.errors import FileError
+
+if TYPE_CHECKING:
+    import torch
+
+MAGIC = b"GGUF"
+_VERSION = 3
+_ALIGNMENT = 32
+_MAX_NAME = 63  # bytes; ggml keeps tensor names in 64 with a terminating zero
+_STRING, _ARRAY, _UINT32, _FLOAT32 = 8, 9, 4, 6
+_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+_F32, _F16 = 0, 1
+
+
+# ---------------------------------------------------------------- writing
+
+
+def write(
+    path: Path,
+    metadata: Mapping[str, str | int | float],
+    tensors: Mapping[str, torch.Tensor],
+    tensor_type: Literal["f32", "f16"],
+) -> None:
+    """Write a file, tensors in the order of their names, so that equal content gives equal bytes.
+
+    Args:
+        path: the target file.
+        metadata: key -> string, unsigned integer (32 bits) or number (fp32).
+        tensors: name -> tensor of one to four dimensions; in the file the last dimension comes first.
+        tensor_type: dtype of storage.
+
+    Raises:
+        FileError: it could not be written, or a value is too large for the dtype.
+    """
+    head = MAGIC + struct.pack("<IQQ", _VERSION, len(tensors), len(metadata))
+    for key, value in metadata.items():
+        head += _string(key) + _value(value)
+    body = bytearray()
+    for name in sorted(tensors):
+        assert len(name.encode()) <= _MAX_NAME, "names of GGUF tensors are short"
+        shape = tensors[name].shape[::-1]
+        kind = _F32 if tensor_type == "f32" else _F16
+        head += _string(name) + struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape, kind, len(body))
+        body += _data(tensors[name], tensor_type, f"{path}: {name}")
+        body += bytes(-len(body) % _ALIGNMENT)
+    files.write_bytes(path, head + bytes(-len(head) % _ALIGNMENT) + bytes(body))
+
+
+def _data(tensor: torch.Tensor, tensor_type: str, where: str) -> bytes:
+    import torch
+
+    stored = tensor.detach().to("cpu", torch.float32 if tensor_type == "f32" else torch.float16).contiguous()
+    if not torch.isfinite(stored).all():
+        raise FileError(f"{where}: its largest value, {float(tensor.abs().max()):g}, is too large for {tensor_type}")
+    return stored.numpy().tobytes()
+
+
+def _string(text: str) -> bytes:
+    data = text.encode()
+    return struct.pack("<Q", len(data)) + data
+
+
+def _value(value: str | int | float) -> bytes:
+    if isinstance(value, str):
+        return struct.pack("<I", _STRING) + _string(value)
+    if isinstance(value, int):
+        return struct.pack("<II", _UINT32, value)
+    return struct.pack("<If", _FLOAT32, value)
+
+
+# ---------------------------------------------------------------- reading
+
+
+def read(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """Metadata and tensors (fp32, whatever they are stored in) of a file, every byte of it accounted for.
+
+    Raises:
+        FileError: cut short, damaged, or of a version or tensor type that cannot be read.
+    """
+    data = files.read_bytes(path)
+    if data[:4] != MAGIC:
+        raise FileError(f"{path}: not a GGUF file")
+    try:
+        return _read(_Cursor(data, 4), path)
+    except _DamagedError as error:
+        raise FileError(f"{path}: cut short or damaged: {error}") from None
+
+
+def _read(cursor: _Cursor, path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    (version,) = cursor.unpack("I")
+    if version not in (2, 3):
+        raise FileError(f"{path}: GGUF version {version}; this version of lorakit reads 2 and 3, little-endian")
+    tensor_count, key_count = cursor.unpack("QQ")
+    metadata: dict[str, Any] = {}
+    for _ in range(key_count):  # a false count ends at the end of the data
+        key = cursor.string()
+        if key in metadata:
+            raise _DamagedError(f"the key {key!r} twice")
+        metadata[key] = cursor.value(cursor.unpack("I")[0])
+    entries: dict[str, tuple[tuple[int, ...], int, int]] = {}
+    for _ in range(tensor_count):
+        name = cursor.string()
+        if name in entries:
+            raise _DamagedError(f"the tensor {name!r} twice")
+        (dimensions,) = cursor.unpack("I")
+        if not 1 <= dimensions <= 4:
+            raise _DamagedError(f"the tensor {name!r} has {dimensions} dimensions")
+        *shape, kind, offset = cursor.unpack(f"{dimensions}QIQ")
+        entries[name] = (tuple(shape[::-1]), kind, offset)
+    alignment = metadata.get("general.alignment", _ALIGNMENT)
+    if type(alignment) is not int or alignment < 1:
+        raise _DamagedError(f"an alignment of {alignment!r}")
+    start = cursor.position + -cursor.position % alignment
+    tensors, position = {}, 0
+    for name, (sizes, kind, offset) in sorted(entries.items(), key=lambda entry: entry[1][2]):
+        if offset != position:
+            raise _DamagedError(f"the data of {name!r} overlap or leave a hole at byte {position}")
+        tensors[name], size = _tensor(cursor.data, start + offset, sizes, kind, name)
+        position = offset + size + -(offset + size) % alignment
+    if len(cursor.data) > start + position:
+        raise _DamagedError(f"{len(cursor.data) - start - position:,} bytes after the last tensor")
+    return metadata, tensors
+
+
+def _tensor(data: bytes, begin: int, shape: tuple[int, ...], kind: int, name: str) -> tuple[torch.Tensor, int]:
+    """One tensor in fp32, and its size in the file."""
+    import numpy as np
+    import torch
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+    from gguf.quants import dequantize
+
+    try:
+        quantization = GGMLQuantizationType(kind)
+    except ValueError:
+        raise _DamagedError(f"the tensor {name!r} is of the unknown type {kind}") from None
+    block, block_bytes = GGML_QUANT_SIZES[quantization]
+    if shape[-1] % block:
+        raise _DamagedError(f"the tensor {name!r} of shape {shape} does not divide into blocks of {block}")
+    size = math.prod(shape) // block * block_bytes
+    if begin + size > len(data):
+        raise _DamagedError(f"the tensor {name!r} of shape {shape} ends after the file")
+    raw = np.frombuffer(data, np.uint8, size, begin).reshape(*shape[:-1], shape[-1] // block * block_bytes)
+    try:
+        values = dequantize(raw, quantization)
+    except NotImplementedError:
+        raise _DamagedError(f"the tensor {name!r} is of type {quantization.name}, which is no weight") from None
+    return torch.from_numpy(np.array(values, np.float32).reshape(shape)), size
+
+
+class _DamagedError(Exception):
+    """What is wrong with the content; `read` adds the file."""
+
+
+class _Cursor:
+    """Reads a GGUF header from the front, never past its end."""
+
+    def __init__(self, data: bytes, position: int) -> None:
+        self.data = data
+        self.position = position
+
+    def unpack(self, form: str) -> tuple[Any, ...]:
+        values = struct.Struct(f"<{form}")
+        if self.position + values.size > len(self.data):
+            raise _DamagedError(f"the header ends at byte {self.position}")
+        self.position += values.size
+        return values.unpack_from(self.data, self.position - values.size)
+
+    def string(self) -> str:
+        (length,) = self.unpack("Q")
+        if length > len(self.data) - self.position:
+            raise _DamagedError(f"a text of {length:,} bytes at byte {self.position}")
+        self.position += length
+        try:
+            return self.data[self.position - length : self.position].decode()
+        except UnicodeDecodeError:
+            raise _DamagedError(f"text that is not UTF-8 before byte {self.position}") from None
+
+    def value(self, kind: int) -> Any:
+        if kind == _STRING:
+            return self.string()
+        if kind == _ARRAY:
+            inner, count = self.unpack("IQ")
+            if inner in _SCALARS and count <= len(self.data) - self.position:
+                return list(self.unpack(f"{count}{_SCALARS[inner]}"))
+            if inner == _STRING:
+                return [self.string() for _ in range(count)]
+            raise _DamagedError(f"an array of {count:,} values of type {inner} before byte {self.position}")
+        if kind not in _SCALARS:
+            raise _DamagedError(f"a value of the unknown type {kind} before byte {self.position}")
+        return self.unpack(_SCALARS[kind])[0]

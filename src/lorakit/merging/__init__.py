@@ -1,0 +1,302 @@
+"""From a base and its adapters to one plain model on disk, with proof: fold, write, load again, compare, certify."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from lorakit import files, machine, models
+from lorakit.adapter.attach import AttachedAdapters, attach
+from lorakit.adapter.folding import MINIMUM_SURVIVAL, FoldReport
+from lorakit.adapter.value import Adapter
+from lorakit.data.chat import ChatFormat
+from lorakit.data.sources import Row, read_rows
+from lorakit.errors import AdapterError, ConfigError, MergeError
+from lorakit.evaluation import evaluate
+from lorakit.gguf_cache import quiet
+from lorakit.merging import proof, stream
+from lorakit.merging.proof import MAX_KL, Proof
+from lorakit.version import __version__
+
+CERTIFICATE = "merge_certificate.json"
+_COMPANIONS = ("generation_config.json", "preprocessor_config.json", "processor_config.json", "*.py")
+_HEADROOM = 1.3  # a loaded model takes more than its weights while it answers a few short rows
+
+
+@dataclass(frozen=True, kw_only=True)
+class Merge:
+    """A merge that has been written.
+
+    Attributes:
+        output: folder of the merged model.
+        base: what it was merged into, as `load_model` takes it.
+        how: "streamed" tensor by tensor, or "in memory" with the reason.
+        report: how much of the update survived rounding, per parameter.
+        proof: the comparison with base + adapter; None if it was not asked for.
+        scores: metric -> (base + adapter, merged), on the data, if there were any.
+        accepted: it did not pass and was written all the same, as asked.
+        seconds: wall time.
+    """
+
+    output: Path
+    base: str
+    how: str
+    report: FoldReport
+    proof: Proof | None
+    scores: dict[str, tuple[float, float]]
+    accepted: bool
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON, and the certificate."""
+        return {
+            "lorakit": __version__,
+            "base": self.base,
+            "how": self.how,
+            "dtypes": list(self.report.dtypes),
+            "survived": self.report.survived,
+            "untied": list(self.report.untied),
+            "proof": None if self.proof is None else self.proof.to_dict(),
+            "scores": {metric: {"adapter": a, "merged": m} for metric, (a, m) in self.scores.items()},
+            "accepted_without_passing": self.accepted,
+            "seconds": round(self.seconds, 2),
+        }
+
+
+def merge(
+    *,
+    adapters: Sequence[str | Path | Adapter],
+    output: str | Path,
+    model: str | None = None,
+    weights: Sequence[float] | None = None,
+    dtype: str = "auto",
+    rounding: str = "nearest",
+    seed: int = 0,
+    minimum_survival: float = MINIMUM_SURVIVAL,
+    verify: bool = True,
+    max_kl: float = MAX_KL,
+    data: str | Path | Sequence[Row] | None = None,
+    metrics: Sequence[str] = ("loss",),
+    limit: int | None = None,
+    max_new_tokens: int = 256,
+    device: str = "auto",
+    accept: bool = False,
+    on_stage: Callable[[str], None] | None = None,
+) -> Merge:
+    """Fold adapters into a base model on disk, verify the result, and put it in place with its tokenizer.
+
+    The base's shards are read and written tensor by tensor (a base whose files transformers converts while it loads is
+    merged in memory instead). Arithmetic is fp32, rounded once. Nothing stands at `output` before all checks are
+    passed.
+
+    Args:
+        adapters: folders, files or values; several are added up.
+        output: folder of the merged model; must not exist yet, or be empty.
+        model: what `load_model` takes; None: the base that the adapters name.
+        weights: one an adapter; None: 1 each.
+        dtype: of storage: auto (as in the base's files), fp32, bf16, fp16.
+        rounding: nearest, or stochastic, which keeps small updates in the mean.
+        seed: determines the draws of stochastic rounding.
+        minimum_survival: share of the update that must survive rounding.
+        verify: load what was written and compare it with base + adapter on prompts (takes the memory of one model).
+        max_kl: largest mean divergence, nats a token; what the dtype alone does, ten times over, passes anyway.
+        data: rows on which to compare instead of a few general prompts, and to measure both models.
+        metrics: as in `evaluate`, for the data.
+        limit: take only the first rows of the data.
+        max_new_tokens: where generation ends at the latest, for metrics that judge answers.
+        device: on which to verify.
+        accept: write the model even where it does not pass; the certificate says so.
+        on_stage: called with a word for each stage as it begins.
+
+    Raises:
+        MergeError: too little of the update survives, or the merged model differs too much; nothing is written. Also
+            where verifying would not fit into memory.
+        AdapterError, AdapterMismatchError, AdapterFileError, ModelError, ConfigError: as in `attach` and `load_model`.
+    """
+    start = time.perf_counter()
+    output = Path(output)
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ConfigError(f"output: {output} exists; choose another folder, or remove it first")
+    if rounding not in ("nearest", "stochastic"):
+        raise ConfigError(f"rounding: nearest or stochastic (got {rounding!r})")
+    if not adapters:
+        raise ConfigError("adapters: name at least one")
+    factors = [1.0] * len(adapters) if weights is None else list(weights)
+    if len(factors) != len(adapters):
+        raise ConfigError(f"weights: {len(factors)} for {len(adapters)} adapters; give one each")
+    stage = on_stage or (lambda _: None)
+    values = [adapter if isinstance(adapter, Adapter) else Adapter.load(adapter) for adapter in adapters]
+    paths = [adapter for adapter in adapters if not isinstance(adapter, Adapter)]
+    spec = model if model is not None else models.common_base(paths)
+    rows = None if data is None else _rows(data, limit)
+
+    stage("reading the base")
+    skeleton = models.load_skeleton(spec)
+    handle = _attach_all(skeleton, values, factors)
+    draws = seed if rounding == "stochastic" else None
+    storage = None if dtype == "auto" else machine.resolve_dtype(dtype, machine.resolve_device("cpu"))
+    try:
+        checkpoint = stream.find_checkpoint(models.local_folder(spec), skeleton)
+        named = {f"adapter {i}": value.base for i, value in enumerate(values, 1)}
+        stream.check_base(named, stream.base_info(checkpoint, skeleton))
+    except stream.NotStreamableError as error:
+        checkpoint, reason = None, str(error)
+    tokenizer = models.load_tokenizer(spec)
+    if len(paths) == 1:
+        tokenizer = models.tokenizer_beside(paths[0], skeleton, tokenizer)
+
+    with files.atomic_folder(output) as building:
+        stage("folding")
+        if checkpoint is not None:
+            how = "streamed"
+            report = stream.Stream(checkpoint, handle, storage, draws).run(building)
+            _write_companions(checkpoint.folder, building, report, storage)
+        else:
+            how = f"in memory: {reason}"
+            report = _merge_in_memory(spec, values, factors, dtype, draws, building)
+        survived = report.survived >= minimum_survival
+        if not survived and not accept:
+            try:
+                report.check(minimum_survival)
+            except AdapterError as error:
+                raise MergeError(f"{error} (accept=True writes it all the same)") from None
+        tokenizer.save_pretrained(building)
+        found: Proof | None = None
+        scores: dict[str, tuple[float, float]] = {}
+        if verify:
+            stage("verifying")
+            found, scores = _verify(
+                spec, values, factors, tokenizer, building, report, rows, metrics, max_new_tokens, max_kl, device
+            )
+            if not found.passed and not accept:
+                raise MergeError(_why(found, output))
+        result = Merge(
+            output=output,
+            base=spec,
+            how=how,
+            report=report,
+            proof=found,
+            scores=scores,
+            accepted=not survived or (found is not None and not found.passed),
+            seconds=time.perf_counter() - start,
+        )
+        certificate = result.to_dict() | {
+            "adapters": [{"digest": v.digest(), "weight": f} for v, f in zip(values, factors, strict=True)],
+            "rounding": rounding,
+            "layers": [
+                {
+                    key: None if isinstance(value, float) and not math.isfinite(value) else value
+                    for key, value in row.items()
+                }
+                for row in map(asdict, report.layers)  # the share of an update of zero, the ratio to a bias of zero
+            ],
+        }
+        files.write_json(building / CERTIFICATE, certificate)
+    return result
+
+
+def _rows(data: str | Path | Sequence[Row], limit: int | None) -> list[Row]:
+    rows = read_rows(data, "test") if isinstance(data, str | Path) else list(data)
+    return rows[:limit]
+
+
+def _attach_all(model: Any, values: Sequence[Adapter], factors: Sequence[float]) -> AttachedAdapters:
+    handle = attach(model, values[0], name="0")
+    for i, value in enumerate(values[1:], 1):
+        handle.load(value, name=str(i))
+    handle.activate({str(i): factor for i, factor in enumerate(factors)})
+    return handle
+
+
+def _merge_in_memory(
+    spec: str, values: Sequence[Adapter], factors: Sequence[float], dtype: str, draws: int | None, target: Path
+) -> FoldReport:
+    loaded, _ = models.load_model(spec, "fp32" if dtype == "auto" else dtype, "cpu")
+    handle = _attach_all(loaded, values, factors)
+    report = handle.merge_report(seed=draws)
+    merged = handle.merge(
+        minimum_survival=float("-inf"), rounding="nearest" if draws is None else "stochastic", seed=draws or 0
+    )
+    with quiet(progress_bars=False):
+        merged.save_pretrained(target)  # type: ignore[operator]
+    return report
+
+
+def _write_companions(source: Path, target: Path, report: FoldReport, storage: Any) -> None:
+    """The base's config, told of the new dtype and of what is tied no more, and its other small files."""
+    config = files.read_json(source / "config.json")
+    for part in (config, config.get("text_config") or {}):
+        if report.untied and part.get("tie_word_embeddings", part is config):
+            part["tie_word_embeddings"] = False
+        if storage is not None:
+            part.pop("torch_dtype", None)
+            part["dtype"] = str(storage).removeprefix("torch.")
+    files.write_json(target / "config.json", config)
+    for pattern in _COMPANIONS:
+        for file in sorted(source.glob(pattern)):
+            shutil.copyfile(file, target / file.name)
+
+
+def _verify(
+    spec: str,
+    values: Sequence[Adapter],
+    factors: Sequence[float],
+    tokenizer: Any,
+    merged_folder: Path,
+    report: FoldReport,
+    rows: Sequence[Row] | None,
+    metrics: Sequence[str],
+    max_new_tokens: int,
+    max_kl: float,
+    device: str,
+) -> tuple[Proof, dict[str, tuple[float, float]]]:
+    """Compare base + adapter with what was written, one after the other in memory."""
+    needed = int(_HEADROOM * sum(file.stat().st_size for file in merged_folder.glob("*.safetensors")))
+    available = machine.available_memory()
+    if machine.resolve_device(device).type == "cpu" and available is not None and needed > available:
+        raise MergeError(
+            f"verifying loads the model, about {needed / 1e9:.1f} GB, and {available / 1e9:.1f} GB are free. Free some,"
+            " or merge without verifying (verify=False, --no-verify) and run lorakit eval on a larger machine"
+        )
+    dtype = report.dtypes[0]
+
+    def scored(model: Any) -> dict[str, float]:
+        if rows is None:
+            return {}
+        (result,) = evaluate(
+            data=rows, model=(model, tokenizer), as_is=True, metrics=metrics, max_new_tokens=max_new_tokens
+        )
+        return result.scores
+
+    adapted, _ = models.load_model(spec, dtype, device)
+    handle = _attach_all(adapted, values, factors)
+    stop = models.stop_ids(adapted, tokenizer)
+    chat_format = ChatFormat(tokenizer, stop, max_length=512)
+    if rows is None:
+        prompts = [chat_format.prompt_ids(text) for text in proof.PROMPTS]
+        texts = proof.answered(adapted, tokenizer, prompts, stop)
+    else:
+        chat_format = chat_format.for_rows(rows)
+        texts = [example.ids for row in rows[:64] for example in chat_format.encode(row)]
+    reference = proof.refer(adapted, handle, proof.within_budget(texts))
+    with_adapter = scored(adapted)
+    del adapted, handle
+    merged, _ = models.load_model(merged_folder, dtype, device)
+    found = proof.compare(reference, merged, max_kl)
+    of_merged = scored(merged)
+    return found, {metric: (with_adapter[metric], of_merged[metric]) for metric in of_merged}
+
+
+def _why(found: Proof, output: Path) -> str:
+    m, f = found.merged, found.floor
+    return (
+        f"the merged model differs from the adapter: mean KL {m.mean_kl:.1e} nats a token where {found.limit:.1e} is "
+        f"allowed (the dtype alone: {f.mean_kl:.1e}), the same top token in {m.same_top:.1%} of {found.positions} "
+        f"({found.dtype}). Nothing was written to {output}. Merge in a wider dtype (fp32), keep the adapter unmerged, "
+        "raise max_kl, or accept it as it is"
+    )

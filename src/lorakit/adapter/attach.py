@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import nn
@@ -118,13 +118,12 @@ class AttachedAdapters:
 
     Attributes:
         state_class: of what all adapted layers share.
-        layer_class: what a layer with an update is given in its class.
-        replaced_class: the same for a module trained whole. A facade shows its own names on them.
+        dressed: class an adapted module is given -> a subclass of it to give instead, on which a facade shows its own
+        names.
     """
 
-    state_class: type[ActiveState] = ActiveState
-    layer_class: type[AdaptedLayer] = AdaptedLayer
-    replaced_class: type[ReplacedModule] = ReplacedModule
+    state_class: ClassVar[type[ActiveState]] = ActiveState
+    dressed: ClassVar[Mapping[type[AdaptedModule], type[AdaptedModule]]] = {}
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -550,9 +549,8 @@ class AttachedAdapters:
             update = updates[path]
             site = site_of(module)
             device = next(module.parameters()).device
-            adapted = adapt(
-                module, self.replaced_class if isinstance(update, Replacement) else self.layer_class, self._state
-            )
+            mixin: type[AdaptedModule] = ReplacedModule if isinstance(update, Replacement) else AdaptedLayer
+            adapted = adapt(module, self.dressed.get(mixin, mixin), self._state)
             if isinstance(adapted, AdaptedLayer):
                 adapted.lorakit_site = site
             update.requires_grad_(trainable).train(module.training)

@@ -235,7 +235,9 @@ class LoraConfig(PeftConfig):
         targets = _listed(self.target_modules)
         if self.layers_to_transform is None:
             return targets
-        layers = {self.layers_to_transform} if isinstance(self.layers_to_transform, int) else {*self.layers_to_transform}
+        layers = (
+            {self.layers_to_transform} if isinstance(self.layers_to_transform, int) else {*self.layers_to_transform}
+        )
         blocks = [self.layers_pattern] if isinstance(self.layers_pattern, str) else self.layers_pattern or [r"[^.]*"]
         numbered = [re.compile(rf".*\.{block}\.(\d+)\.") for block in blocks]
         config = LoRAConfig(target_modules=targets, exclude_modules=_listed(self.exclude_modules) or None)

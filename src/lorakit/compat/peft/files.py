@@ -32,7 +32,8 @@ def adapter_folder(name: str | Path, subfolder: str | None = None, **options: An
         if not (folder / CONFIG_FILE).is_file():
             inside = sorted(p.parent.name for p in folder.glob(f"*/{CONFIG_FILE}"))
             raise PeftValueError(
-                f"Can't find '{CONFIG_FILE}' at '{folder}'" + (f"; adapters are in {', '.join(inside)}" if inside else "")
+                f"Can't find '{CONFIG_FILE}' at '{folder}'"
+                + (f"; adapters are in {', '.join(inside)}" if inside else "")
             )
         return folder
     from huggingface_hub import snapshot_download

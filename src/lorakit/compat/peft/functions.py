@@ -145,7 +145,9 @@ def set_peft_model_state_dict(
             guess = nearest(name, places, 1)
             problems.append(f"unexpected: {name}" + (f"; nearest is {guess[0]}" if guess else ""))
         elif tensor.shape != places[name].shape:
-            problems.append(f"size mismatch for {name}: {tuple(tensor.shape)}, the model has {tuple(places[name].shape)}")
+            problems.append(
+                f"size mismatch for {name}: {tuple(tensor.shape)}, the model has {tuple(places[name].shape)}"
+            )
     if problems:
         raise MismatchError(f"nothing was loaded into adapter {adapter_name!r}:\n{bullet_list(problems)}")
     if any(place.is_meta for place in places.values()):
@@ -185,9 +187,7 @@ def set_base_model_state_dict(model: nn.Module, state_dict: Mapping[str, torch.T
     own = get_base_model_state_dict(model)
     missing, unexpected = [n for n in own if n not in state_dict], [n for n in state_dict if n not in own]
     problems = [f"Missing key: {n}" for n in missing] + [f"Unexpected key: {n}" for n in unexpected] if strict else []
-    problems += [
-        f"size mismatch for {n}" for n, t in state_dict.items() if n in own and own[n].shape != t.shape
-    ]
+    problems += [f"size mismatch for {n}" for n, t in state_dict.items() if n in own and own[n].shape != t.shape]
     if problems:
         raise MismatchError(f"nothing was loaded into the base:\n{bullet_list(problems)}")
     with torch.no_grad():

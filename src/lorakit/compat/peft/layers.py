@@ -283,7 +283,9 @@ class LoraLayer(BaseTunerLayer, AdaptedLayer):
     @property
     def scaling(self) -> views.PerAdapter:
         """Adapter name -> factor before B A; setting one sets it."""
-        return views.PerAdapter(partial(LoraLayer.loras, self), lambda _, lora: lora.s, lambda lora, value: setattr(lora, "s", value))
+        return views.PerAdapter(
+            partial(LoraLayer.loras, self), lambda _, lora: lora.s, lambda lora, value: setattr(lora, "s", value)
+        )
 
     @property
     def r(self) -> views.PerAdapter:
@@ -293,7 +295,9 @@ class LoraLayer(BaseTunerLayer, AdaptedLayer):
     @property
     def lora_alpha(self) -> views.PerAdapter:
         """Adapter name -> numerator of the scale."""
-        return views.PerAdapter(partial(LoraLayer.loras, self), lambda _, lora: int(lora.alpha) if lora.alpha % 1 == 0 else lora.alpha)
+        return views.PerAdapter(
+            partial(LoraLayer.loras, self), lambda _, lora: int(lora.alpha) if lora.alpha % 1 == 0 else lora.alpha
+        )
 
     @property
     def use_rslora(self) -> views.PerAdapter:

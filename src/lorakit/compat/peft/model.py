@@ -191,7 +191,9 @@ class PeftModel(nn.Module):
                 "Length of `adapter_names` should be the same as the number of inputs, but got "
                 f"{len(names) // copies} and {len(batch)} respectively."
             )
-        if self.base_model.handle.state.off or (self.base_model.handle.state.in_block and not self.has_active_enabled_adapter):
+        if self.base_model.handle.state.off or (
+            self.base_model.handle.state.in_block and not self.has_active_enabled_adapter
+        ):
             yield  # switched off: the base for every row
             return
         with self.base_model.handle.route([None if name == "__base__" else name for name in names]):
@@ -250,7 +252,9 @@ class PeftModel(nn.Module):
             "state_dict": kwargs.get("state_dict") is not None,
         }
         if any(asked.values()):
-            raise UnsupportedError(f"save_pretrained: not in this version: {', '.join(k for k, v in asked.items() if v)}")
+            raise UnsupportedError(
+                f"save_pretrained: not in this version: {', '.join(k for k, v in asked.items() if v)}"
+            )
         folder = Path(save_directory)
         if folder.is_file():
             raise PeftValueError(f"{folder} should be a directory, not a file")

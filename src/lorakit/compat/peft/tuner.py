@@ -10,7 +10,7 @@ import contextlib
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self, cast
+from typing import Any, ClassVar, Self, cast
 
 import torch
 from torch import nn
@@ -23,14 +23,16 @@ from lorakit.compat.peft.config import LoraConfig, PeftConfig
 from lorakit.compat.peft.errors import PeftValueError, UnsupportedError
 from lorakit.compat.peft.layers import BaseTunerLayer, LoraLayer, ModulesToSaveWrapper, PeftState
 from lorakit.core.active import NOTHING, Selection
-from lorakit.core.layer import ReplacedModule, base_parameters
+from lorakit.core.layer import AdaptedLayer, AdaptedModule, ReplacedModule, base_parameters
 from lorakit.errors import AdapterError
 
 # PEFT's combination_type -> lorakit's method; see docs/compat.md for what PEFT computes instead
 _COMBINATIONS = {
     "cat": "cat",
     **dict.fromkeys(("svd", "linear"), "svd"),
-    **{f"{name}{end}": name for name in ("ties", "dare_linear", "dare_ties", "magnitude_prune") for end in ("", "_svd")},
+    **{
+        f"{name}{end}": name for name in ("ties", "dare_linear", "dare_ties", "magnitude_prune") for end in ("", "_svd")
+    },
 }
 
 
@@ -38,8 +40,10 @@ class PeftAdapters(AttachedAdapters):
     """lorakit's handle, whose layers show PEFT's names."""
 
     state_class = PeftState
-    layer_class = LoraLayer
-    replaced_class = ModulesToSaveWrapper
+    dressed: ClassVar[Mapping[type[AdaptedModule], type[AdaptedModule]]] = {
+        AdaptedLayer: LoraLayer,
+        ReplacedModule: ModulesToSaveWrapper,
+    }
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
@@ -101,7 +105,7 @@ class PeftAdapters(AttachedAdapters):
         Raises:
             PeftValueError: names the module.
         """
-        for path, module in self._adapted_modules().items() if len(names) > 1 else ():
+        for path, module in self.adapted_modules().items() if len(names) > 1 else ():
             both = [name for name in names if path in self._residents[name].modules]
             if isinstance(module, ReplacedModule) and len(both) > 1:
                 raise PeftValueError(
@@ -150,7 +154,7 @@ class PeftAdapters(AttachedAdapters):
         """Fold `names`, and nothing else, into the weights; the base's own parameters are kept aside."""
         self.unfold()
         if names:
-            self._exchange.put(self._adapted_modules(), self.selection(names))
+            self._exchange.put(self.adapted_modules(), self.selection(names))
             self.state.merged, self.state.folded = tuple(names), True
 
     def unfold(self) -> None:
@@ -473,7 +477,17 @@ class LoraModel(nn.Module):
             raise PeftValueError(f"Found no adapter matching the names in {adapters}")
         if combination_type not in _COMBINATIONS:
             raise PeftValueError(f"Invalid combination_type: {combination_type}; there are {', '.join(_COMBINATIONS)}")
-        self.handle.refuse_same_copies(adapters)
+        held = [
+            module.here()
+            for module in self.handle.adapted_modules().values()
+            if isinstance(module, ModulesToSaveWrapper)
+        ]
+        twice = sum(sum(name in copies for name in adapters) > 1 for copies in held)
+        if twice:
+            raise PeftValueError(
+                "Cannot add weighted adapters if they target the same module with modules_to_save, but found "
+                f"{twice} such instance(s)."
+            )
         configs = [self.peft_config[name] for name in adapters]
         ranks = [max(config.r, *config.rank_pattern.values(), 0) for config in configs]
         if len(adapters) > 1 and combination_type != "cat" and not combination_type.endswith("svd"):

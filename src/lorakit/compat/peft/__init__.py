@@ -32,6 +32,7 @@ from lorakit.compat.peft.model import (
     PeftModelForSequenceClassification,
     PeftModelForTokenClassification,
 )
+from lorakit.compat.peft.status import TunerLayerStatus, TunerModelStatus, get_layer_status, get_model_status
 from lorakit.compat.peft.tuner import LoraModel
 
 __all__ = [
@@ -56,8 +57,12 @@ __all__ = [
     "PeftType",
     "PeftValueError",
     "TaskType",
+    "TunerLayerStatus",
+    "TunerModelStatus",
     "UnsupportedError",
     "get_base_model_state_dict",
+    "get_layer_status",
+    "get_model_status",
     "get_peft_model",
     "get_peft_model_state_dict",
     "inject_adapter_in_model",

@@ -84,7 +84,7 @@ class PeftConfig:
         """Write adapter_config.json into the folder; the hub is never asked."""
         folder = Path(save_directory)
         if folder.is_file():
-            raise AssertionError(f"{folder} is a file, a folder is needed")  # the class PEFT's callers expect
+            raise AssertionError(f"{folder} is a file, a folder is needed")  # as PEFT's users know it
         write_json(folder / CONFIG_FILE, self.to_dict())
 
     @classmethod
@@ -199,8 +199,12 @@ class LoraConfig(PeftConfig):
 
     # ------------------------------------------------------------ from and to lorakit
 
-    def resolved(self, model: nn.Module) -> LoRAConfig:
+    def resolved(self, model: nn.Module, *, fresh: bool = True) -> LoRAConfig:
         """What this config means for `model`. Where it names no modules, the model's defaults are written into it.
+
+        Args:
+            model: the base.
+            fresh: an adapter is to be made; else its tensors exist, and how they began does not matter.
 
         Raises:
             UnsupportedError: a feature this version has not.
@@ -208,7 +212,8 @@ class LoraConfig(PeftConfig):
             PeftValueError: no modules are named and the model's type has no defaults.
         """
         missing = [f"{name}={getattr(self, name)!r}" for name in self.unsupported if not _off(getattr(self, name))]
-        if not isinstance(self.init_lora_weights, bool) and self.init_lora_weights not in ("gaussian", "orthogonal"):
+        init = self.init_lora_weights if fresh else True
+        if not isinstance(init, bool) and init not in ("gaussian", "orthogonal"):
             missing.append(f"init_lora_weights={self.init_lora_weights!r}")
         if missing:
             raise UnsupportedError(f"this version of lorakit has no support for\n{bullet_list(missing)}")
@@ -216,7 +221,8 @@ class LoraConfig(PeftConfig):
             raise ConfigError(f"`r` should be a positive integer value but the value passed is {self.r}")
         if self.target_modules is None:
             self.target_modules = set(_default_targets(model))
-        init = {True: "default", False: "random"}.get(self.init_lora_weights, self.init_lora_weights)  # type: ignore[call-overload]
+        if init == "orthogonal" and self.r % 2:
+            raise ConfigError(f"Orthogonal initialization requires the LoRA rank to be even, got {self.r} instead.")
         return LoRAConfig(
             r=self.r,
             alpha=self.lora_alpha,
@@ -226,10 +232,17 @@ class LoraConfig(PeftConfig):
             rank_pattern=dict(self.rank_pattern),
             alpha_pattern=dict(self.alpha_pattern),
             scaling="rslora" if self.use_rslora else "lora",
-            init=init,
-            bias=self.bias,  # type: ignore[arg-type]
+            init="random" if init is False else "default" if init is True else init,  # type: ignore[arg-type]
+            bias=self._bias(model),  # type: ignore[arg-type]
             modules_to_save=tuple(self.modules_to_save or ()),
         )
+
+    def _bias(self, model: nn.Module) -> str:
+        if self.bias not in ("none", "all", "lora_only"):
+            raise UnsupportedError(f"Requested bias: {self.bias}, is not implemented; none, all and lora_only are")
+        # a Llama has no biases; PEFT's users ask for "all" of them all the same, and get none
+        some = any(isinstance(module._parameters.get("bias"), nn.Parameter) for _, module in base_modules(model))
+        return self.bias if some else "none"
 
     def _targets(self, model: nn.Module) -> str | tuple[str, ...]:
         targets = _listed(self.target_modules)
@@ -239,7 +252,7 @@ class LoraConfig(PeftConfig):
             {self.layers_to_transform} if isinstance(self.layers_to_transform, int) else {*self.layers_to_transform}
         )
         blocks = [self.layers_pattern] if isinstance(self.layers_pattern, str) else self.layers_pattern or [r"[^.]*"]
-        numbered = [re.compile(rf".*\.{block}\.(\d+)\.") for block in blocks]
+        numbered = [re.compile(rf"(?:^|.*?\.){block}\.(\d+)\.") for block in blocks]
         config = LoRAConfig(target_modules=targets, exclude_modules=_listed(self.exclude_modules) or None)
         from lorakit.adapter.targets import find_targets
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
@@ -50,12 +53,31 @@ def get_peft_model(
         raise UnsupportedError("mixed=True: this version has one method, LoRA")
     if not isinstance(peft_config, LoraConfig):
         raise UnsupportedError(f"{type(peft_config).__name__}: this version has LoRA")
-    if "_lorakit" in model.__dict__:
-        raise PeftValueError(
-            "this model has adapters already; use add_adapter on its PeftModel, or call .unload() on it before"
+    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    if isinstance(inner.__dict__.get("_lorakit"), PeftAdapters):
+        warnings.warn(
+            "You are trying to modify a model with PEFT for a second time. If you want to reload the model with a "
+            "different config, make sure to call `.unload()` before.",
+            stacklevel=2,
         )
-    peft_config.base_model_name_or_path = model.__dict__.get("name_or_path") or None
+        if adapter_name in inner.peft_config:  # type: ignore[operator]
+            LoraModel.around(inner).delete_adapter(adapter_name)
+    model, named = inner, peft_config.base_model_name_or_path
+    name = model.__dict__.get("name_or_path") or None
+    if named is not None and named != name:
+        warnings.warn(
+            f"The PEFT config's `base_model_name_or_path` was renamed from '{named}' to '{name}'. Please ensure that "
+            "the correct base model is loaded when loading this checkpoint.",
+            stacklevel=2,
+        )
+    peft_config.base_model_name_or_path = name
     if revision is not None:
+        if peft_config.revision not in (None, revision):
+            warnings.warn(
+                f"peft config has already set base model revision to {peft_config.revision}, overwriting with "
+                f"revision {revision}",
+                stacklevel=2,
+            )
         peft_config.revision = revision
     made = TASK_CLASSES.get(peft_config.task_type or "", PeftModel)
     return made(model, peft_config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
@@ -68,11 +90,23 @@ def inject_adapter_in_model(
     low_cpu_mem_usage: bool = False,
     state_dict: Mapping[str, torch.Tensor] | None = None,
 ) -> nn.Module:
-    """Give `model` a fresh adapter, in place, without a wrapper around it, and return it."""
-    if state_dict is not None:
-        raise UnsupportedError("inject_adapter_in_model: state_dict is not in this version")
+    """Give `model` a fresh adapter, in place, without a wrapper around it, and return it.
+
+    Args:
+        peft_config: a LoraConfig.
+        model: any module with layers that multiply.
+        adapter_name: any non-empty string.
+        low_cpu_mem_usage: leave it on the meta device, for `set_peft_model_state_dict` to fill.
+        state_dict: adapt the layers that have tensors in it, whatever the config targets; its tensors are not loaded.
+    """
     if not isinstance(peft_config, LoraConfig):
         raise UnsupportedError(f"{type(peft_config).__name__}: this version has LoRA")
+    if state_dict is not None:
+        found = (
+            re.fullmatch(r"(?:base_model\.model\.)?(.+)\.lora_(?:embedding_)?[AB](?:\..+)?", k) for k in state_dict
+        )
+        targets = {match[1] for match in found if match}
+        peft_config = dataclasses.replace(peft_config, target_modules=targets, layers_to_transform=None)
     LoraModel(model, peft_config, adapter_name, low_cpu_mem_usage)
     return model
 
@@ -203,24 +237,26 @@ def prepare_model_for_kbit_training(
     gradient_checkpointing_kwargs: dict[str, Any] | None = None,
     auto_clear_cache: bool = True,
 ) -> Any:
-    """Freeze the model, hold what is left in half precision in fp32, and turn gradient checkpointing on.
+    """Freeze the model, hold what is left in half precision in fp32, and, if it is quantised, turn gradient
+    checkpointing on.
 
     Args:
         model: a transformers model.
         use_gradient_checkpointing: whether to turn it on.
         gradient_checkpointing_kwargs: for `model.gradient_checkpointing_enable`.
-        auto_clear_cache: without effect.
+        auto_clear_cache: give the memory of the copies in half precision back.
     """
-    quantised = any(getattr(model, name, False) for name in ("is_loaded_in_8bit", "is_loaded_in_4bit", "is_quantized"))
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-        if not quantised and parameter.dtype in (torch.float16, torch.bfloat16):
+        if parameter.dtype in (torch.float16, torch.bfloat16) and type(parameter).__name__ != "Params4bit":
             parameter.data = parameter.data.float()
-    if use_gradient_checkpointing:
+    if auto_clear_cache and torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    quantised = any(getattr(model, name, False) for name in ("is_loaded_in_8bit", "is_loaded_in_4bit", "is_quantized"))
+    if quantised and use_gradient_checkpointing:
         if hasattr(model, "enable_input_require_grads"):
             model.enable_input_require_grads()
-        if hasattr(model, "gradient_checkpointing_enable"):
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=gradient_checkpointing_kwargs or {})
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=gradient_checkpointing_kwargs or {})
     return model
 
 

@@ -213,6 +213,18 @@ class PeftModel(nn.Module):
             f"trainable params: {trained:,d} || all params: {total:,d} || trainable%: {100 * trained / total:.4f}"
         )
 
+    def get_layer_status(self) -> Any:
+        """`get_layer_status(self)`."""
+        from lorakit.compat.peft.status import get_layer_status
+
+        return get_layer_status(self)
+
+    def get_model_status(self) -> Any:
+        """`get_model_status(self)`."""
+        from lorakit.compat.peft.status import get_model_status
+
+        return get_model_status(self)
+
     def prepare_model_for_gradient_checkpointing(self, model: Any) -> Any:
         """Let gradients pass through checkpointed blocks although the embeddings are frozen."""
         if hasattr(model, "enable_input_require_grads"):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Self, cast
 
@@ -20,10 +21,13 @@ from lorakit.adapter.config import LoRAConfig
 from lorakit.adapter.folding import Exchange
 from lorakit.adapter.value import Adapter
 from lorakit.compat.peft.config import LoraConfig, PeftConfig
+from lorakit.compat.peft.draws import draw
 from lorakit.compat.peft.errors import PeftValueError, UnsupportedError
 from lorakit.compat.peft.layers import BaseTunerLayer, LoraLayer, ModulesToSaveWrapper, PeftState
 from lorakit.core.active import NOTHING, Selection
+from lorakit.core.deltas import LoRA
 from lorakit.core.layer import AdaptedLayer, AdaptedModule, ReplacedModule, base_parameters
+from lorakit.core.sites import site_of
 from lorakit.errors import AdapterError
 
 # PEFT's combination_type -> lorakit's method; see docs/compat.md for what PEFT computes instead
@@ -251,8 +255,12 @@ class LoraModel(nn.Module):
         `low_cpu_mem_usage` it waits on the meta device for the tensors of a file.
         """
         config = self._checked(adapter_name, peft_config)
-        seed = int(torch.randint(2**62, (1,)).item())
-        self.handle.add(adapter_name, config.resolved(self.model), seed=seed, trainable=False)
+        self.handle.add(adapter_name, config.resolved(self.model), trainable=False)
+        for path, update in self.handle._residents[adapter_name].updates():
+            lora = getattr(update, "lora", None)
+            if isinstance(lora, LoRA):
+                site = site_of(self.handle._residents[adapter_name].modules[path])
+                draw(lora, config.init_lora_weights, lookup=site is not None and site.kind == "embedding")
         self._enter(adapter_name, config, autocast=autocast_adapter_dtype)
         if low_cpu_mem_usage:
             for _, update in self.handle._residents[adapter_name].updates():
@@ -263,6 +271,7 @@ class LoraModel(nn.Module):
     ) -> None:
         """Add an adapter that exists, inactive and frozen."""
         config = self._checked(adapter_name, peft_config)
+        adapter = replace(adapter, config=config.resolved(self.model, fresh=False))
         self.handle.add(adapter_name, adapter, trainable=False, check_base=False)
         self._enter(adapter_name, config, autocast=autocast_adapter_dtype)
 
@@ -317,6 +326,15 @@ class LoraModel(nn.Module):
         """The active adapter, or their list."""
         names = self.active_adapters
         return names[0] if len(names) == 1 else names
+
+    @property
+    def targeted_module_names(self) -> list[str]:
+        """Paths of layers with low-rank updates."""
+        return [
+            path
+            for path, module in self.handle.adapted_modules().items()
+            if isinstance(module, LoraLayer) and module.loras()
+        ]
 
     @property
     def has_active_enabled_adapter(self) -> bool:
@@ -504,6 +522,8 @@ class LoraModel(nn.Module):
         with self.handle.unfolded():
             values = [self.handle.extract(name) for name in adapters]
         combined = combine(values, weights, method=method, **({} if method == "cat" else options))
+        if "rank" in options:
+            combined = _padded(combined, rank)  # where a layer is too small for it; PEFT has the same r in all
         config = LoraConfig.of(combined.config, task_type=configs[0].task_type)
         config.base_model_name_or_path = configs[0].base_model_name_or_path
         self.add_value(adapter_name, combined, config)
@@ -514,3 +534,17 @@ class LoraModel(nn.Module):
         if name not in self.peft_config:
             raise PeftValueError(f"Adapter {name} {what} There are: {', '.join(self.peft_config) or 'none'}")
         return name
+
+
+def _padded(adapter: Adapter, rank: int) -> Adapter:
+    """The same updates at rank `rank` in every layer, by rows and columns of zeros; scale 1."""
+    factors = {}
+    for path, f in adapter.folded().factors.items():
+        more = rank - f.r
+        if more > 0 and f.B.shape[1] == f.r:
+            A = torch.cat([f.A, f.A.new_zeros(more, *f.A.shape[1:])])
+            B = torch.cat([f.B, f.B.new_zeros(f.B.shape[0], more, *f.B.shape[2:])], dim=1)
+            f = replace(f, A=A, B=B, alpha=float(rank))
+        factors[path] = f
+    config = replace(adapter.config, r=rank, alpha=float(rank), scaling="lora", rank_pattern={}, alpha_pattern={})
+    return replace(adapter, config=config, factors=factors)

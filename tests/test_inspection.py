@@ -47,7 +47,7 @@ class Page(HTMLParser):
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_the_page_is_whole_and_needs_nothing_from_outside(case, tmp_path):
-    handle = lorakit.attach(case.build(), lorakit.LoRAConfig(r=4, target_modules=case.targets))
+    handle = lorakit.attach(case.build(), lorakit.LoRAConfig(r=4, **case.what))
     randomise(handle)
     value = handle.extract()
     text = write_page(tmp_path / "a.html", "<script>alert(1)</script>", value, value.spectrum()).read_text("utf-8")

@@ -256,13 +256,15 @@ def load_skeleton(spec: str | Path) -> Any:
         return skeleton
     source = resolve(spec)
     config = _from_pretrained(transformers.AutoConfig, source)
+    auto_model: Any = transformers.AutoModelForCausalLM  # as load_model has it
     own_class = getattr(transformers, next(iter(config.architectures or ()), ""), None)
-    try:
-        with torch.device("meta"), quiet(progress_bars=False):
-            causal: Any = transformers.AutoModelForCausalLM
-            skeleton = own_class._from_config(config) if own_class is not None else causal.from_config(config)
-    except ValueError as error:
-        raise _load_error(source, error) from error
+    with torch.device("meta"), quiet(progress_bars=False):
+        try:
+            skeleton = auto_model.from_config(config)
+        except ValueError as error:  # no language model: an encoder, a classifier
+            if own_class is None:
+                raise _load_error(source, error) from error
+            skeleton = own_class._from_config(config)
     skeleton.config._name_or_path = source.published
     skeleton.name_or_path = source.name
     return skeleton.eval()

@@ -183,7 +183,7 @@ def _sizes(adapter: Adapter, by: str) -> list[Any]:
     """What to compress to, from small to the largest that is smaller than the adapter."""
     if by == "energy":
         return list(ENERGIES)
-    step = math.lcm(*(f.r // f.B.shape[1] for f in adapter.factors.values()))  # of grouped convolutions
+    step = math.lcm(*(f.rank_shares for f in adapter.factors.values()))  # of grouped convolutions
     largest = max((f.r for f in adapter.factors.values()), default=0)
     return list(range(step, largest, step))
 

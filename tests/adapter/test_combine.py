@@ -26,7 +26,7 @@ def attached(case, **configs):
     model = case.build()
     handle = None
     for seed, (name, changes) in enumerate(configs.items()):
-        config = LoRAConfig(**{"r": 4, "alpha": 8.0, "target_modules": case.targets, **changes})
+        config = LoRAConfig(**{"r": 4, "alpha": 8.0, **case.what, **changes})
         if handle is None:
             handle = lorakit.attach(model, config, name=name, seed=seed)
         else:
@@ -136,6 +136,23 @@ def test_subtracting_undoes_adding():
     assert all(relative(negated.delta(path), -a.delta(path).double()) < 1e-6 for path in a.factors)
 
 
+def test_a_sum_over_layers_and_stacks_names_each_in_its_own_list():
+    case = CASES["mixtral"]
+    stacks = ("model.layers.0.mlp.experts.down_proj",)
+    handle = attached(
+        case,
+        a={"target_modules": ("q_proj",), "target_parameters": ()},
+        b={"target_modules": (), "target_parameters": stacks},
+    )
+    combined = lorakit.combine([handle.extract("a"), handle.extract("b")])
+    assert combined.config.target_parameters == stacks
+    handle.activate(["a", "b"])
+    expected = case.run(handle.model).detach()
+    handle.load(combined, "ab")
+    handle.activate("ab")
+    torch.testing.assert_close(case.run(handle.model), expected, rtol=1e-4, atol=1e-4)
+
+
 # ---------------------------------------------------------------- truncated ones
 
 
@@ -146,11 +163,11 @@ def test_svd_is_the_best_approximation_of_the_sum(case):
     rank = 2 if case is CASES["convolutions"] else 3
     report = combine_with_report(values, weights, "svd", Options(rank=rank))
     for path, f in report.adapter.factors.items():
-        groups = f.r // f.B.shape[1]
+        groups = len(f.blocks()[0])
         target = dense_sum(values, weights, path)
         target = target.T if f.kind == "embedding" else target
-        dense = target.reshape(groups, target.shape[0] // groups, -1)
-        best = float(torch.linalg.svdvals(dense)[..., rank // groups :].norm())
+        dense = target if f.kind == "experts" else target.reshape(groups, target.shape[0] // groups, -1)
+        best = float(torch.linalg.svdvals(dense)[..., rank // f.rank_shares :].norm())
         assert report.errors[path] == pytest.approx(best, rel=1e-3, abs=1e-6)
         target = dense_sum(values, weights, path)
         assert float((report.adapter.delta(path) - target).norm()) == pytest.approx(best, rel=1e-3, abs=1e-5)
@@ -169,9 +186,8 @@ def test_methods_on_elements_work_on_the_dense_update(case, method):
     """With a rank that holds everything, the result is the fp64 recipe on the dense updates."""
     handle = two(case)
     values, weights = [handle.extract("a"), handle.extract("b")], [0.7, -0.5]
-    path = case.some_layer
-    f = values[0].factors[path]
-    full = min(f.B.shape[0], f.A[0].numel()) * 2
+    path = case.some_path
+    full = min(values[0].factors[path].matrix_shape) * 2
     values = [replace(v, factors={path: v.factors[path]}) for v in values]
     report = combine_with_report(values, weights, method, Options(rank=full, density=0.6, seed=3))
     assert report.relative_error < 1e-5

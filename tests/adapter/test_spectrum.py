@@ -20,7 +20,7 @@ cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 
 def trained(case, name="default", **changes):
     """A model and the value of a random adapter for it; the model has no adapter."""
-    settings = {"r": 4, "alpha": 5.0, "scaling": "rslora", "target_modules": case.targets, **changes}
+    settings = {"r": 4, "alpha": 5.0, "scaling": "rslora", **case.what, **changes}
     model = case.build()
     handle = lorakit.attach(model, LoRAConfig(**settings), name=name)
     randomise(handle, name)
@@ -34,6 +34,8 @@ def as_matrices(value, path):
     f = value.factors[path]
     delta = value.delta(path).double()
     delta = delta.T if f.kind == "embedding" else delta
+    if f.kind == "experts":
+        return delta
     groups = f.r // f.B.shape[1]
     return delta.reshape(groups, delta.shape[0] // groups, -1)
 
@@ -45,12 +47,13 @@ def test_spectrum_is_that_of_the_dense_update(case):
     assert list(spectrum) == list(value.factors)
     for path, layer in spectrum.layers.items():
         dense = as_matrices(value, path)
-        expected = torch.linalg.svdvals(dense).flatten().sort(descending=True).values[: layer.r]
+        expected = torch.linalg.svdvals(dense).flatten().sort(descending=True).values
+        expected = expected[: layer.r * (layer.groups if value.factors[path].kind == "experts" else 1)]
         torch.testing.assert_close(layer.singular_values, expected[: len(layer.singular_values)], rtol=1e-4, atol=1e-6)
         assert layer.frobenius_norm == pytest.approx(float(dense.norm()), rel=1e-5)
         assert 1 <= layer.stable_rank <= layer.effective_rank * 1.5
-        assert layer.effective_rank <= layer.r
-        assert layer.shape == (dense.shape[0] * dense.shape[1], dense.shape[2])
+        assert layer.effective_rank <= len(expected)
+        assert layer.shape == value.factors[path].matrix_shape
     assert spectrum.frobenius_norm == pytest.approx(
         math.hypot(*(float(value.delta(path).norm()) for path in value.factors)), rel=1e-5
     )
@@ -65,7 +68,7 @@ def test_compression_is_the_nearest_there_is_and_its_error_exact(case, how, tmp_
     small = result.adapter
     for path, f in small.factors.items():
         dense, left = as_matrices(value, path), as_matrices(small, path)
-        own = torch.linalg.svdvals(dense)[..., f.B.shape[1] :].square().sum().sqrt()
+        own = torch.linalg.svdvals(dense)[..., f.r // f.rank_shares :].square().sum().sqrt()
         assert float((dense - left).norm()) == pytest.approx(float(own), rel=1e-3, abs=1e-5 * float(dense.norm()))
         assert result.errors[path] == pytest.approx(float(own), rel=1e-4, abs=1e-6 * float(dense.norm()))
         assert small.scale(path) == 1.0
@@ -78,7 +81,10 @@ def test_compression_is_the_nearest_there_is_and_its_error_exact(case, how, tmp_
     got = case.run(model)
     lorakit.adapters(model).detach()
     lorakit.attach(model, small.save(tmp_path / "a"))
-    assert torch.equal(case.run(model), got)
+    if any(f.kind == "attention" for f in small.factors.values()):  # padded to one rank in each attention
+        torch.testing.assert_close(case.run(model), got, rtol=1e-5, atol=1e-5)
+    else:
+        assert torch.equal(case.run(model), got)
     assert Adapter.load(tmp_path / "a").metadata == small.metadata
 
 

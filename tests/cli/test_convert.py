@@ -7,6 +7,7 @@ import torch
 from click.testing import CliRunner
 
 import lorakit
+from adapter.models import CASES
 from formats.diffusion import TEXT_LAYERS, components, trained, unet
 from lorakit import Adapter, LoRAConfig
 from lorakit.adapter.blank import blank_adapter
@@ -64,6 +65,13 @@ def test_skeletons_have_every_layer_and_no_weight(pipeline, base):
         expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
         assert {name: tuple(parameter.shape) for name, parameter in skeleton.named_parameters()} == expected
         assert {parameter.device.type for parameter in skeleton.parameters()} == {"meta"}
+
+
+def test_a_model_that_is_no_language_model_has_a_skeleton_too(tmp_path):
+    model = CASES["vit"].build()
+    model.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    assert [name for name, _ in load_skeleton(tmp_path).named_parameters()] == [n for n, _ in model.named_parameters()]
 
 
 def test_a_blank_adapter_is_what_attaching_would_make(llama):
@@ -142,6 +150,50 @@ def test_export_writes_what_convert_writes(style, pipeline, tmp_path):
     assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
 
 
+def test_what_targets_ask_for_is_passed_on(adapter, tmp_path):
+    result, told = run(
+        "export", "--adapter", adapter, "--to", "ollama", "--base-reference", "llama3.2", "--output", tmp_path / "o"
+    )
+    assert result.exit_code == 0, result.output
+    assert told["output"] == str(tmp_path / "o")
+    assert "FROM llama3.2" in (tmp_path / "o" / "Modelfile").read_text()
+    sizes = {}
+    for kind in ("f32", "f16"):
+        result, told = run(
+            "convert", adapter, "--to", "gguf", "--tensor-type", kind, "--output", tmp_path / f"{kind}.gguf"
+        )
+        assert result.exit_code == 0, result.output
+        sizes[kind] = told["bytes"]
+    assert sizes["f16"] < 0.7 * sizes["f32"]
+    result, told = run("convert", adapter, "--to", "loralib", "--enable-lora", "yes,no", "--output", tmp_path / "x.pt")
+    assert result.exit_code == 2
+    assert "true,false,true" in told["error"]["message"]
+
+
+def test_language_adapters_go_around_too(adapter, base, tmp_path):
+    places = [adapter, tmp_path / "a.gguf", tmp_path / "b.pt", tmp_path / "p"]
+    for source, target, place in zip(places, ("gguf", "loralib", "peft"), places[1:], strict=False):
+        flags = ("--model", base, "--alpha", "7") if target == "loralib" or source == places[2] else ("--model", base)
+        result, _ = run("convert", source, "--to", target, "--output", place, *flags)
+        assert result.exit_code == 0, result.output
+    same(Adapter.load(places[-1]), Adapter.load(adapter))
+    lorakit.attach(lorakit.load_model(base)[0], places[-1], check_base=False)
+
+
+def test_the_name_of_the_base_goes_with_the_file(style, tmp_path):
+    from dataclasses import replace
+
+    value = Adapter.load(style)
+    value = replace(
+        value, base=replace(value.base, name="here/style"), metadata={"title": "ink", "ss_network_dim": "9"}
+    )
+    for target, known in (("kohya", components(xl=True)), ("diffusers", None)):
+        again = Adapter.load(value.save(tmp_path / f"{target}.safetensors", format=target), model=known)
+        assert again.base.name == "here/style"
+        assert again.metadata == {"title": "ink"}  # what told of the file's old tensors is gone
+        lorakit.attach(components(xl=True), tmp_path / f"{target}.safetensors")  # the base is named, not pinned
+
+
 def test_lint_before_training_names_what_the_target_cannot_carry(pipeline, tmp_path):
     settings = ("--model", pipeline, "--target-modules", "to_q,token_embedding", "--modules-to-save", "conv_out")
     result, told = run("export", "--lint", "--to", "kohya", *settings)
@@ -172,7 +224,7 @@ def test_lint_reads_the_settings_of_a_run(pipeline, tmp_path):
 @pytest.mark.parametrize("target", CODECS)
 def test_lint_says_what_exporting_would(target, base, adapter):
     result, told = run("export", "--lint", "--to", target, "--adapter", adapter)
-    context = lorakit.formats.Context(base=lorakit.formats.BaseFacts.of(load_skeleton(base)))
+    context = lorakit.formats.Context(base=lorakit.formats.BaseFacts.of(load_skeleton(base)), base_reference=base)
     expected = obstacles(Adapter.load(adapter), target, context)
     assert sorted(told["obstacles"]) == sorted(expected)
     assert result.exit_code == (2 if expected else 0)

@@ -33,10 +33,10 @@ with_peft = pytest.mark.parametrize(
 
 
 def lora_config(name: str, setting: str) -> LoRAConfig:
-    targets = CASES[name].targets
+    what = CASES[name].what
     if name == "convolutions":  # PEFT's A ignores the layer's dilation and pads with zeros whatever its padding_mode
-        targets = ("one", "two", "three")
-    return LoRAConfig(**{"r": 4, "alpha": 8.0, "target_modules": targets, **SETTINGS[setting]})
+        what = {"target_modules": ("one", "two", "three")}
+    return LoRAConfig(**{"r": 4, "alpha": 8.0, **what, **SETTINGS[setting]})
 
 
 def quiet_peft(function, *args, **kwargs):

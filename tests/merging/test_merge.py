@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import lorakit
-from adapter.models import randomise
+from adapter.models import qwen3_moe, randomise
 from lorakit import LoRAConfig
 from lorakit.data.sources import Origin, Row
 from lorakit.errors import AdapterError, ConfigError, MergeError, ModelError
@@ -121,6 +121,15 @@ def test_several_adapters_with_weights_add_up(tmp_path):
     assert [entry["weight"] for entry in certificate["adapters"]] == [0.7, -0.3]
     assert certificate["proof"]["passed"] is True
     assert {layer["name"] for layer in certificate["layers"]} >= {"model.embed_tokens.weight"}
+
+
+def test_stacked_experts_are_merged(tmp_path):
+    """Their files name each expert apart, so the model is loaded whole."""
+    base = saved(tmp_path / "base", qwen3_moe(vocab_size=272))
+    parameters = ("experts.gate_up_proj", "experts.down_proj")
+    adapter = adapter_for(base, tmp_path / "adapter", target_parameters=parameters, target_modules=["q_proj"])
+    merge(adapters=[adapter], output=tmp_path / "merged")
+    assert torch.allclose(logits(reloaded(tmp_path / "merged")), logits(adapted(base, (adapter, 1.0))), atol=2e-4)
 
 
 def test_a_base_whose_files_have_other_names_is_merged_in_memory(tmp_path):

@@ -17,17 +17,21 @@ from torch import nn
 from lorakit.adapter import fingerprint, folding
 from lorakit.adapter.config import LoRAConfig
 from lorakit.adapter.folding import FoldReport
-from lorakit.adapter.targets import Targets, find_targets
+from lorakit.adapter.targets import Targets, find_targets, module_at, readers
 from lorakit.adapter.updates import (
+    by_module,
     expected_shapes,
     fresh_replacement,
     fresh_updates,
     loaded_replacement,
     loaded_updates,
+    mixin_for,
 )
 from lorakit.adapter.value import Adapter, BaseInfo, Factors
 from lorakit.core.active import NOTHING, ActiveState, Route, Selection
-from lorakit.core.deltas import LayerUpdate, Replacement, trainable
+from lorakit.core.attention import AdaptedAttention
+from lorakit.core.deltas import LayerUpdate, Replacement, StackedUpdate, trainable
+from lorakit.core.experts import AdaptedExperts
 from lorakit.core.layer import (
     AdaptedLayer,
     AdaptedModule,
@@ -35,11 +39,13 @@ from lorakit.core.layer import (
     adapt,
     base_modules,
     base_parameters,
+    batch_dim,
+    batch_dim_inside,
     fuse_again,
     restore,
     unfuse,
 )
-from lorakit.core.sites import Site, site_of
+from lorakit.core.sites import site_of
 from lorakit.errors import AdapterError, AdapterMismatchError, TargetError, bullet_list, nearest
 
 _HANDLE = "_lorakit"
@@ -47,15 +53,21 @@ _HANDLE = "_lorakit"
 
 @dataclass
 class _Resident:
-    """One adapter in the model: its config, its slot, and the modules it changes."""
+    """One adapter in the model: its config, its slot, the kinds of its factors, and the modules it changes."""
 
     config: LoRAConfig
     slot: str
+    kinds: dict[str, str]  # path of a low-rank update -> Site.kind
     modules: dict[str, AdaptedModule] = field(default_factory=dict)  # path -> module, in the model's order
 
     def updates(self) -> Iterator[tuple[str, LayerUpdate | Replacement]]:
         for path, module in self.modules.items():
-            yield path, cast("LayerUpdate | Replacement", module.lorakit_updates[self.slot])
+            update = module.lorakit_updates[self.slot]
+            if isinstance(update, StackedUpdate):
+                for name, one in update.updates.items():
+                    yield f"{path}.{name}" if path else name, cast("LayerUpdate", one)
+            else:
+                yield path, cast("LayerUpdate | Replacement", update)
 
 
 def attach(
@@ -204,6 +216,7 @@ class AttachedAdapters:
         self._refuse_while_merged("route")
         if isinstance(names, str) or not names:
             raise AdapterError(f"route needs a list with one name (or None) for each row of the batch, got {names!r}")
+        dim = batch_dim(self.model)
         route = Route([None if name is None else self._resident(name).slot for name in names])
 
         def note(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -213,7 +226,9 @@ class AttachedAdapters:
                     raise AdapterError("an adapter of this route was removed or replaced; enter route() again")
                 batch = next((v for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor) and v.ndim), None)
                 if batch is not None:
-                    route.check_batch(batch.shape[0], batch.shape[1] if batch.ndim > 1 else None)
+                    # sequences first, tokens in one line would not lie row after row
+                    one_line = dim == 0 and batch.ndim > 1
+                    route.check_batch(batch.shape[dim], batch.shape[1] if one_line else None)
 
         hook = self.model.register_forward_pre_hook(note, with_kwargs=True)
         try:
@@ -325,7 +340,8 @@ class AttachedAdapters:
             updates = dict(fresh_updates(config, targets, modules, seed))
             updates |= {path: fresh_replacement(modules[path]) for path in targets.replaced}
         before = self._residents.get(name)
-        resident = self._insert(config, updates, modules, trainable=trainable)
+        kinds = {target.path: target.site.kind for target in targets.layers}
+        resident = self._insert(_Resident(config, str(self._slots), kinds), updates, modules, trainable=trainable)
         self._residents[name] = resident
         if before is not None:
             chosen = self._state.everywhere.weights
@@ -390,12 +406,11 @@ class AttachedAdapters:
                 replaced |= {f"{path}.{key}": _copied(tensor) for key, tensor in update.copy.state_dict().items()}
                 continue
             if update.lora is not None:
-                site = cast("Site", site_of(resident.modules[path]))
                 factors[path] = Factors(
                     A=_copied(update.lora.A),
                     B=_copied(update.lora.B),
                     alpha=update.lora.alpha,
-                    kind=site.kind,  # type: ignore[arg-type]
+                    kind=resident.kinds[path],  # type: ignore[arg-type]
                 )
             if update.bias is not None:
                 biases[path] = _copied(update.bias)
@@ -496,8 +511,10 @@ class AttachedAdapters:
         replaces: both are in for a moment).
         """
         low_rank = [*(t.path for t in targets.layers), *targets.biases]
-        clash = [path for path in low_rank if isinstance(modules[path], ReplacedModule)]
-        clash += [path for path in targets.replaced if isinstance(modules[path], AdaptedLayer)]
+        low_rank += readers([*low_rank, *targets.replaced], modules)
+        clash = [path for path in low_rank if isinstance(module_at(path, modules), ReplacedModule)]
+        adapted = (AdaptedLayer, AdaptedAttention, AdaptedExperts)
+        clash += [path for path in targets.replaced if isinstance(modules[path], adapted)]
         if clash:
             raise TargetError(
                 "trained whole (modules_to_save) by one adapter and by low-rank update or bias by another, "
@@ -529,7 +546,7 @@ class AttachedAdapters:
 
     def _insert(
         self,
-        config: LoRAConfig,
+        resident: _Resident,
         updates: Mapping[str, LayerUpdate | Replacement],
         modules: Mapping[str, nn.Module],
         *,
@@ -541,18 +558,19 @@ class AttachedAdapters:
                 parameter.requires_grad_(False)
         if not self._residents:
             self._unfused = unfuse(self.model)
-        resident = _Resident(config, slot=str(self._slots))
         self._slots += 1
+        held = by_module(updates, modules)
         for path, module in modules.items():
-            if path not in updates:
+            if path not in held:
                 continue
-            update = updates[path]
+            update = held[path]
             site = site_of(module)
             device = next(module.parameters()).device
-            mixin: type[AdaptedModule] = ReplacedModule if isinstance(update, Replacement) else AdaptedLayer
+            mixin = mixin_for(module, update)
             adapted = adapt(module, self.dressed.get(mixin, mixin), self._state)
-            if isinstance(adapted, AdaptedLayer):
+            if isinstance(adapted, AdaptedLayer | AdaptedAttention):
                 adapted.lorakit_site = site
+            adapted.lorakit_batch_dim = batch_dim_inside(modules.get(path.rpartition(".")[0]))
             update.requires_grad_(trainable).train(module.training)
             # a skeleton's weights are nowhere; what an adapter holds is somewhere all the same
             adapted.lorakit_updates[resident.slot] = update if device.type == "meta" else update.to(device)

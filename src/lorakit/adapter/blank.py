@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from lorakit.adapter import fingerprint
 from lorakit.adapter.config import LoRAConfig
 from lorakit.adapter.targets import find_targets
 from lorakit.adapter.value import Adapter, Factors
-from lorakit.core.layer import base_modules
+from lorakit.core.layer import base_modules, base_parameters, bias_name
 
 
 def blank_adapter(model: nn.Module, config: LoRAConfig) -> Adapter:
@@ -25,8 +26,9 @@ def blank_adapter(model: nn.Module, config: LoRAConfig) -> Adapter:
         factors[target.path] = Factors(A=A, B=B, alpha=target.alpha, kind=target.site.kind)  # type: ignore[arg-type]
     return Adapter(
         config=config,
+        base=fingerprint.of(model, list(base_parameters(model).items())),
         factors=factors,
-        biases={path: _blank(modules[path].get_parameter("bias")) for path in targets.biases},
+        biases={path: _blank(modules[path].get_parameter(bias_name(modules[path]))) for path in targets.biases},
         replaced={
             f"{path}.{name}": _blank(tensor)
             for path in targets.replaced

@@ -142,7 +142,7 @@ def _side_by_side(parts: Sequence[Term]) -> tuple[torch.Tensor, torch.Tensor]:
     """A = [w_1 s_1 A_1; w_2 s_2 A_2; ...], B = [B_1, B_2, ...], within each group; fp64, so that factors two adapters
     have in common stay so when scaled.
     """
-    stacks = [(*lowrank.blocks(part.factors.A, part.factors.B), part.weight * part.s) for part in parts]
+    stacks = [(*part.factors.blocks(), part.weight * part.s) for part in parts]
     A = torch.cat([A.detach().double() * scale for A, _, scale in stacks], dim=1)
     return A, torch.cat([B.detach().double() for _, B, _ in stacks], dim=2)
 
@@ -161,7 +161,7 @@ def _linear(shell: Adapter, terms: Mapping[str, list[Term]], options: Options) -
         value = lowrank.svd(*_side_by_side(parts))
         carries = value.S.max() * 2 * torch.finfo(factors[path].A.dtype).eps  # below it is the rounding of factors
         rank = max(1, int((carries < value.S).sum(-1).max()))
-        if rank < factors[path].B.shape[1]:
+        if rank < factors[path].r // factors[path].rank_shares:
             factors[path] = refactored(factors[path], *lowrank.balanced(value, rank))
     return replace(whole, adapter=with_factors(shell, factors))
 
@@ -182,12 +182,13 @@ def _by_elements(shell: Adapter, terms: Mapping[str, list[Term]], options: Optio
     ranks = _ranks(terms, options)
     factors, errors, norms = {}, {}, {}
     for path, parts in terms.items():
-        pairs = [(*lowrank.blocks(part.factors.A, part.factors.B), part.s) for part in parts]
+        pairs = [(*part.factors.blocks(), part.s) for part in parts]
         dense = [_wide(B) @ _wide(A) * s for A, B, s in pairs]
         target = _fused(recipe, dense, parts, path, options)
-        value = lowrank.dense_svd(target, ranks[path] // target.shape[0], seeded(options.seed, f"{path}|svd"))
+        rank = ranks[path] // parts[0].factors.rank_shares
+        value = lowrank.dense_svd(target, rank, seeded(options.seed, f"{path}|svd"))
         f = refactored(_widest(parts), *lowrank.balanced(value, value.S.shape[-1]))
-        A, B = lowrank.blocks(f.A, f.B)
+        A, B = f.blocks()
         factors[path] = f
         errors[path] = float(torch.linalg.vector_norm(target - B @ A, dtype=torch.float64))
         norms[path] = float(torch.linalg.vector_norm(target, dtype=torch.float64))
@@ -205,7 +206,7 @@ def _knots(shell: Adapter, terms: Mapping[str, list[Term]], options: Options) ->
         recipe = "ties" if options.inside is None else options.inside
         target = _fused(recipe, aligned, parts, path, options)  # (groups, k, columns)
         value = lowrank.svd(target, Q_B)
-        rank = min(ranks[path] // Q_B.shape[0], value.S.shape[-1])
+        rank = min(ranks[path] // parts[0].factors.rank_shares, value.S.shape[-1])
         factors[path] = refactored(_widest(parts), *lowrank.balanced(value, rank))
         errors[path] = math.sqrt(lowrank.energy(value.S[..., rank:]))
         norms[path] = math.sqrt(lowrank.energy(value.S))
@@ -216,7 +217,7 @@ def _aligned(parts: Sequence[Term]) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """The common basis U (groups, out / groups, k) of the updates, and each update in it, S V_i (groups, k, columns),
     from the factors: the s_i B_i A_i are never made. fp64.
     """
-    pairs = [(*lowrank.blocks(part.factors.A, part.factors.B), part.s) for part in parts]
+    pairs = [(*part.factors.blocks(), part.s) for part in parts]
     Q_B, R_B = torch.linalg.qr(torch.cat([B.double() for _, B, _ in pairs], dim=2))
     bases, cores, start = [], [], 0
     for A, _, s in pairs:

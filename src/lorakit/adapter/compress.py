@@ -106,7 +106,7 @@ def truncated(adapter: Adapter, *, ranks: Mapping[str, int] | None = None, energ
         kept = dict(zip(values, lowrank.kept_for_energy([v.S for v in values.values()], energy), strict=True))
     else:
         refuse_ranks_within_groups(adapter.factors, ranks)
-        kept = {path: ranks[path] // v.S.shape[0] for path, v in values.items()}
+        kept = {path: ranks[path] // adapter.factors[path].rank_shares for path in values}
     factors, errors, norms = {}, {}, {}
     for path, value in values.items():
         factors[path] = refactored(adapter.factors[path], *lowrank.balanced(value, kept[path]))
@@ -123,7 +123,7 @@ def refuse_ranks_within_groups(factors: Mapping[str, Factors], ranks: Mapping[st
     """
     problems = []
     for path, f in factors.items():
-        groups = f.r // f.B.shape[1]
+        groups = f.rank_shares
         if ranks[path] % groups:
             problems.append(f"{path}: a convolution with {groups} groups needs a rank divisible by {groups}")
     if problems:
@@ -134,10 +134,11 @@ def refuse_ranks_within_groups(factors: Mapping[str, Factors], ranks: Mapping[st
 
 def refactored(like: Factors, A: Any, B: Any) -> Factors:
     """Stacks of factors with scale 1 as the factors of a layer like `like`, in fp32 (fp64 if it is so)."""
-    A, B = lowrank.unblocked(A, B, like.A, like.B)
+    stacked = like.kind == "experts"
+    A, B = (A, B) if stacked else lowrank.unblocked(A, B, like.A, like.B)
     dtype = like.A.dtype if like.A.dtype.itemsize > 4 else None
     A, B = (t.to(dtype) if dtype else t.float() for t in (A, B))
-    return replace(like, A=A.contiguous(), B=B.contiguous(), alpha=float(A.shape[0]))
+    return replace(like, A=A.contiguous(), B=B.contiguous(), alpha=float(A.shape[1 if stacked else 0]))
 
 
 def with_factors(adapter: Adapter, factors: Mapping[str, Factors], **changes: Any) -> Adapter:
@@ -170,8 +171,9 @@ def _pattern(ranks: Mapping[str, int], default: int) -> dict[str, int]:
     """A rank_pattern of whole paths that gives each layer its rank.
 
     The first pattern that matches the end of a path counts, and a path may be the end of another ("out" of "net.out"):
-    longer ones come first, and have a pattern if such an end has.
+    longer ones come first, and have a pattern if such an end has, or the attention they are in.
     """
     others = {path for path, rank in ranks.items() if rank != default}
-    told = [path for path in ranks if path in others or any(path.endswith(f".{end}") for end in others)]
+    ends = [path for path in ranks if any(path.endswith(f".{end}") for end in others)]
+    told = [path for path in ranks if path in others or path in ends or path.rpartition(".")[0] in others]
     return {re.escape(path): ranks[path] for path in sorted(told, key=lambda path: (-path.count("."), path))}

@@ -53,12 +53,16 @@ class LoRAConfig(Config):
     """Probability of dropping an input element of A while training."""
 
     target_modules: str | tuple[str, ...] = "all-linear"
-    """"all-linear" (every matrix-multiplying layer but the output head), a list of names matched against the end of
-    module paths
-    ("q_proj", "self_attn.q_proj"), or one string: a regular expression that must match whole paths."""
+    """"all-linear" (every matrix-multiplying layer but the output head; not the stacked weights of experts), a list of
+    names matched against the end of module paths ("q_proj", "self_attn.q_proj"), or one string: a regular expression
+    that must match whole paths. A MultiheadAttention means both its projections; `exclude_modules` takes one out."""
+
+    target_parameters: Annotated[tuple[str, ...], _NONE_IS_EMPTY] = ()
+    """Stacked weights of experts (3-D parameters, one matrix an expert): names matched against the end of parameter
+    names, e.g. "mlp.experts.gate_up_proj". With these, `target_modules` may be empty."""
 
     exclude_modules: str | tuple[str, ...] | None = None
-    """Layers to leave out, written like `target_modules`."""
+    """Layers (and parameters of `target_parameters`) to leave out, written like `target_modules`."""
 
     rank_pattern: dict[str, int] = field(default_factory=dict)
     """Rank per layer: a name matched against the end of module paths, or a regular expression for it -> r."""
@@ -97,7 +101,7 @@ class LoRAConfig(Config):
             found.append(f"dropout: must be in [0, 1) (got {self.dropout})")
         found += [f"rank_pattern[{k!r}]: must be at least 1 (got {v})" for k, v in self.rank_pattern.items() if v < 1]
         found += [f"alpha_pattern[{k!r}]: must be positive (got {v})" for k, v in self.alpha_pattern.items() if v <= 0]
-        if not self.target_modules:
+        if not self.target_modules and not self.target_parameters:
             found.append('target_modules: is empty; name layers or use "all-linear"')
         if self.layers is not None and (not self.layers or min(self.layers) < 0):
             found.append(f"layers: must be layer numbers from 0 (got {list(self.layers)})")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import cast
 
@@ -16,9 +16,12 @@ import torch
 from torch import nn
 
 from lorakit.core.active import Selection
-from lorakit.core.deltas import LayerUpdate, Replacement
+from lorakit.core.attention import AdaptedAttention
+from lorakit.core.deltas import LayerUpdate, Replacement, StackedUpdate
+from lorakit.core.experts import AdaptedExperts, experts_site, weight_names
 from lorakit.core.folding import fold
-from lorakit.core.layer import AdaptedLayer, AdaptedModule, ReplacedModule, base_modules, base_parameters
+from lorakit.core.layer import AdaptedLayer, AdaptedModule, ReplacedModule, base_modules, base_parameters, bias_name
+from lorakit.core.sites import Site
 from lorakit.core.weights import base_weight_of
 from lorakit.errors import AdapterError, bullet_list
 
@@ -120,10 +123,13 @@ def folded_parameters(
 def changed_parameters(path: str, module: AdaptedModule, selection: Selection) -> list[str]:
     """Full names of the parameters of a module that a selection changes; computes nothing."""
     active = [update for update, _ in module.active_updates(selection)]
-    if isinstance(module, AdaptedLayer):
-        updates = cast("list[LayerUpdate]", active)
-        names = ["weight"] if any(update.lora is not None for update in updates) else []
-        names += ["bias"] if any(update.bias is not None for update in updates) else []
+    if isinstance(module, AdaptedLayer | AdaptedAttention):
+        updates, site = cast("list[LayerUpdate]", active), module.lorakit_site
+        names = [site.weight_name] if site is not None and any(update.lora is not None for update in updates) else []
+        names += [bias_name(module)] if any(update.bias is not None for update in updates) else []
+    elif isinstance(module, AdaptedExperts):
+        stacked = cast("list[StackedUpdate]", active)
+        names = [name for name in weight_names(module) if any(name in update.updates for update in stacked)]
     else:
         names = list(base_parameters(module)) if active else []
     return [f"{path}.{name}" if path else name for name in names]
@@ -136,18 +142,14 @@ def _updates(path: str, module: AdaptedModule, selection: Selection) -> Iterator
         return f"{path}.{name}" if path else name
 
     active = module.active_updates(selection)
-    if isinstance(module, AdaptedLayer):
-        updates = cast("list[tuple[LayerUpdate, float]]", active)
-        low_rank = [(update.lora, weight) for update, weight in updates if update.lora is not None]
-        site = module.lorakit_site
-        if low_rank and site is not None:
-            base_weight_of(module, path)  # refuses a storage that cannot be written
-            yield (full("weight"), module, "weight"), sum_of((lora.dense(site), weight) for lora, weight in low_rank)
-        biases = [(update.bias.detach(), weight) for update, weight in updates if update.bias is not None]
-        if biases:
-            own = module.get_parameter("bias").detach()
-            wide = own.to(torch.promote_types(own.dtype, torch.float32))
-            yield (full("bias"), module, "bias"), sum_of((bias - wide, weight) for bias, weight in biases)
+    if isinstance(module, AdaptedExperts):
+        for name in weight_names(module):
+            stacked = cast("list[tuple[StackedUpdate, float]]", active)
+            updates = [(cast("LayerUpdate", u.updates[name]), weight) for u, weight in stacked if name in u.updates]
+            yield from _layer_updates(full, module, experts_site(module, name), updates)
+        return
+    if isinstance(module, AdaptedLayer | AdaptedAttention):
+        yield from _layer_updates(full, module, module.lorakit_site, cast("list[tuple[LayerUpdate, float]]", active))
         return
     copies = [
         (dict(replacement.copy.named_parameters()), weight)
@@ -161,6 +163,23 @@ def _updates(path: str, module: AdaptedModule, selection: Selection) -> Iterator
         inner, _, last = name.rpartition(".")
         change = sum_of((tensors[name].detach() - wide, weight) for tensors, weight in copies)
         yield (full(name), inside[inner], last), change
+
+
+def _layer_updates(
+    full: Callable[[str], str], module: nn.Module, site: Site | None, updates: list[tuple[LayerUpdate, float]]
+) -> Iterator[tuple[Owner, torch.Tensor]]:
+    """The dense change of one weight and of the layer's bias."""
+    low_rank = [(update.lora, weight) for update, weight in updates if update.lora is not None]
+    if low_rank and site is not None:
+        name = site.weight_name
+        base_weight_of(module, full(name), name)  # refuses a storage that cannot be written
+        yield (full(name), module, name), sum_of((lora.dense(site), weight) for lora, weight in low_rank)
+    biases = [(update.bias.detach(), weight) for update, weight in updates if update.bias is not None]
+    if biases:
+        name = bias_name(module)
+        own = module.get_parameter(name).detach()
+        wide = own.to(torch.promote_types(own.dtype, torch.float32))
+        yield (full(name), module, name), sum_of((bias - wide, weight) for bias, weight in biases)
 
 
 def sum_of(terms: Iterable[tuple[torch.Tensor, float]]) -> torch.Tensor:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from lorakit.adapter.value import Adapter, Factors
+from lorakit.adapter.value import Adapter
 from lorakit.core import lowrank
 from lorakit.errors import AdapterError
 
@@ -19,11 +19,11 @@ class LayerSpectrum:
     """The update s B A of one layer, by its singular values.
 
     Attributes:
-        shape: (outputs, inputs) of the update as a matrix; a convolution's kernel counts with the inputs, an embedding
-        has its vocabulary for inputs.
+        shape: (outputs, inputs) of the update as a matrix (`Factors.matrix_shape`).
         r: rank of the factors.
-        groups: of a grouped convolution; else 1.
-        singular_values: (k,) fp64, descending, scale included, k <= r; of all groups together.
+        groups: of a grouped convolution, or experts; else 1.
+        singular_values: (k,) fp64, descending, scale included; of all groups or experts together, k <= r (of each
+        expert).
     """
 
     shape: tuple[int, int]
@@ -114,7 +114,7 @@ def spectrum(adapter: Adapter) -> Spectrum:
     for path, f in adapter.factors.items():
         S = decomposed(adapter, path).S
         layers[path] = LayerSpectrum(
-            shape=matrix_shape(f), r=f.r, groups=S.shape[0], singular_values=S.flatten().sort(descending=True).values
+            shape=f.matrix_shape, r=f.r, groups=S.shape[0], singular_values=S.flatten().sort(descending=True).values
         )
     return Spectrum(layers=layers)
 
@@ -122,12 +122,8 @@ def spectrum(adapter: Adapter) -> Spectrum:
 def decomposed(adapter: Adapter, path: str) -> lowrank.SVD:
     """The singular value decomposition of the update of the layer at `path`, scale included."""
     f = adapter.factors[path]
-    return lowrank.svd(*lowrank.blocks(f.A.detach(), f.B.detach()), adapter.scale(path))
-
-
-def matrix_shape(f: Factors) -> tuple[int, int]:
-    """(outputs, inputs) of an update as a matrix."""
-    return f.B.shape[0], math.prod(f.A.shape[1:])
+    A, B = f.blocks()
+    return lowrank.svd(A.detach(), B.detach(), adapter.scale(path))
 
 
 def require_low_rank(adapter: Adapter, what: str) -> None:

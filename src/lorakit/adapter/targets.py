@@ -5,20 +5,22 @@ error.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
 
 from lorakit.adapter.config import LoRAConfig
-from lorakit.core.layer import base_modules, bias_dim
-from lorakit.core.sites import Site, is_linear, site_of
+from lorakit.core import experts
+from lorakit.core.attention import is_output_projection
+from lorakit.core.layer import base_modules, bias_dim, bias_name
+from lorakit.core.sites import Site, is_attention, is_linear, site_of
 from lorakit.errors import ConfigError, TargetError, bullet_list, nearest
 
 
 @dataclass(frozen=True)
 class Target:
-    """One layer to adapt."""
+    """One weight to adapt: at `path`, the parameter `site.weight_name` of `module`."""
 
     path: str
     module: nn.Module
@@ -66,7 +68,11 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> Targets:
                 f"target_modules 'all-linear': no linear layer in {type(model).__name__}; name modules instead"
             )
     else:
-        chosen = _match_names(config.target_modules, candidates, "target_modules", problems)
+        named = set(_match_names(config.target_modules, candidates, "target_modules", problems))
+        named |= {f"{path}.out_proj" for path in named if is_attention(candidates[path])}  # as PEFT means it
+        chosen = [path for path in candidates if path in named]
+    stacks = _stacks(candidates, config.target_parameters, problems)
+    chosen += stacks
     if config.exclude_modules:
         excluded = set(_match_names(config.exclude_modules, dict.fromkeys(chosen), "exclude_modules", problems))
         chosen = [path for path in chosen if path not in excluded]
@@ -76,15 +82,17 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> Targets:
         problems.append("no layer is left to adapt after exclude_modules and layers")
     ranks = _match_patterns(config.rank_pattern, chosen, "rank_pattern", problems)
     alphas = _match_patterns(config.alpha_pattern, chosen, "alpha_pattern", problems)
-    layers = []
+    layers: list[Target] = []
     for path in chosen:
-        site = site_of(candidates[path])
-        if site is None:
-            problems.append(f"{path}: {_why_not(candidates[path])}")
+        module = candidates[path.rpartition(".")[0] if path in stacks else path]
+        site = stacks[path] if path in stacks else site_of(module)
+        if site is None or (is_output_projection(module) and not is_attention(candidates[path.rpartition(".")[0]])):
+            problems.append(f"{path}: {_why_not(module)}")
             continue
-        layers.append(
-            Target(path, candidates[path], site, int(ranks.get(path, config.r)), alphas.get(path, config.alpha))
-        )
+        # a pattern for an attention means both its projections, as it does to PEFT
+        known = path if path in ranks or site.kind != "attention" else path.removesuffix(".out_proj")
+        also = path if path in alphas or site.kind != "attention" else path.removesuffix(".out_proj")
+        layers.append(Target(path, module, site, int(ranks.get(known, config.r)), alphas.get(also, config.alpha)))
     biases = _biases(candidates, chosen, config.bias, problems)
     if problems:
         raise TargetError(
@@ -97,6 +105,51 @@ def output_head(model: nn.Module) -> nn.Module | None:
     """The layer that makes a language model's logits (which "all-linear" leaves out), if the model names one."""
     getter = getattr(model, "get_output_embeddings", None)
     return getter() if callable(getter) else None
+
+
+def module_at(path: str, modules: Mapping[str, nn.Module]) -> nn.Module:
+    """The module that holds what a path names: the module of that path, or the one whose parameter it is."""
+    return modules[path] if path in modules else modules[path.rpartition(".")[0]]
+
+
+def readers(paths: Iterable[str], modules: Mapping[str, nn.Module]) -> list[str]:
+    """Paths of the MultiheadAttentions whose output projection is among `paths`: they read its weight without calling
+    it, so they too must be adapted.
+    """
+    return [path.rpartition(".")[0] for path in paths if path in modules and is_output_projection(modules[path])]
+
+
+def _stacks(candidates: Mapping[str, nn.Module], names: Sequence[str], problems: list[str]) -> dict[str, Site]:
+    """The stacked weights that `target_parameters` names, by full name."""
+    if not names:
+        return {}
+    parameters = {
+        f"{path}.{name}" if path else name: (module, name)
+        for path, module in candidates.items()
+        for name, parameter in module._parameters.items()
+        if parameter is not None
+    }
+    found: dict[str, Site] = {}
+    asked: dict[type, str | None] = {}
+    for path in _match_names(names, parameters, "target_parameters", problems):
+        module, name = parameters[path]
+        kind, site = type(module), experts.experts_site(module, name)
+        if site is not None and kind not in asked:
+            asked[kind] = experts.why_not(module)
+        if site is not None and asked[kind] is None:
+            found[path] = site
+            continue
+        problems.append(f"{path}: {_why_not_stack(module, name) if site is None else asked[kind]}")
+    return found
+
+
+def _why_not_stack(module: nn.Module, name: str) -> str:
+    if site_of(module) is not None:
+        return f"is the {name} of a {type(module).__name__}; name the layer in target_modules"
+    return (
+        f"{type(module).__name__} is not among the experts lorakit knows how to adapt: those that transformers runs by "
+        "its experts interface (gate_up_proj or up_proj, and down_proj)"
+    )
 
 
 def _matches(pattern: str, path: str) -> bool:
@@ -132,9 +185,10 @@ def _match_names(names: str | Sequence[str], paths: Iterable[str], what: str, pr
     found_by_name = {name: [path for path in paths if _matches(name, path)] for name in names}
     for name, found in found_by_name.items():
         if not found:
+            thing = "parameter" if what == "target_parameters" else "module"
             # looking for the nearest takes long in a big model: for the first few only
             hint = _did_you_mean(name, paths) if len(problems) < 5 else ""
-            problems.append(f"{what} {name!r}: matches no module{hint}")
+            problems.append(f"{what} {name!r}: matches no {thing}{hint}")
     meant = {path for found in found_by_name.values() for path in found}
     return [path for path in paths if path in meant]
 
@@ -178,6 +232,13 @@ def _only_layers(paths: Sequence[str], layers: Sequence[int], problems: list[str
 
 def _why_not(module: nn.Module) -> str:
     name = type(module).__name__
+    if is_attention(module):
+        return (
+            f"{name} with kdim or vdim keeps its input projection in three weights of different widths, which has no "
+            "place in adapter files; exclude it (its out_proj can be adapted)"
+        )
+    if isinstance(module, nn.MultiheadAttention) or is_output_projection(module):
+        return f"{name}: only torch's own MultiheadAttention, with its own forward, can be adapted"
     if any(True for _ in module.children()):
         inside = [child for child, layer in module.named_modules() if child and site_of(layer) is not None]
         return f"{name} is a block, not a layer" + (f"; name layers inside it, e.g. {inside[0]!r}" if inside else "")
@@ -194,7 +255,11 @@ def _biases(
 ) -> tuple[str, ...]:
     if which == "none":
         return ()
-    paths = [path for path, module in candidates.items() if isinstance(getattr(module, "bias", None), nn.Parameter)]
+    paths = [
+        path
+        for path, module in candidates.items()
+        if isinstance(getattr(module, bias_name(module), None), nn.Parameter)
+    ]
     if which == "lora_only":
         paths = [path for path in paths if path in set(chosen)]
     if not paths:
@@ -204,4 +269,11 @@ def _biases(
         for path in paths
         if bias_dim(candidates[path], site_of(candidates[path])) is None
     ]
+    if which == "all":
+        problems += [
+            f"bias 'all': {name} of the {type(module).__name__} at {path} cannot be trained; use bias='lora_only'"
+            for path, module in candidates.items()
+            for name in ("bias_k", "bias_v", "gate_up_proj_bias", "up_proj_bias", "down_proj_bias")
+            if isinstance(getattr(module, name, None), nn.Parameter)
+        ]
     return tuple(paths)

@@ -11,7 +11,7 @@ import torch
 
 from lorakit.adapter import fingerprint
 from lorakit.adapter.config import LoRAConfig
-from lorakit.adapter.spectrum import matrix_shape, require_low_rank
+from lorakit.adapter.spectrum import require_low_rank
 from lorakit.adapter.value import Adapter
 from lorakit.errors import AdapterError, bullet_list
 
@@ -43,7 +43,8 @@ def refuse_strangers(adapters: Sequence[Adapter], *, check_base: bool) -> None:
     shapes: dict[str, tuple[int, str]] = {}
     for number, adapter in enumerate(adapters, 1):
         for path, f in adapter.factors.items():
-            shape = f"{f.kind}, {matrix_shape(f)[1]} to {f.B.shape[0]}, {f.r // f.B.shape[1]} group(s)"
+            outputs, inputs = f.matrix_shape
+            shape = f"{f.kind}, {inputs} to {outputs}, {len(f.blocks()[0])} group(s)"
             other, known = shapes.setdefault(path, (number, shape))
             if known != shape:
                 problems.append(f"{path}: adapter {other} has a {known}, adapter {number} a {shape}")
@@ -121,11 +122,15 @@ def _config(adapters: Sequence[Adapter]) -> LoRAConfig:
     largest = max(adapters, key=lambda adapter: len(adapter.factors))
     config = largest.config
     if len(largest.factors) < len(union):
-        config = replace(config, target_modules=_exactly(list(union)), exclude_modules=None, layers=None)
+        kinds = {path: f.kind for a in adapters for path, f in a.factors.items()}
+        stacks = tuple(path for path in union if kinds[path] == "experts")
+        modules = _exactly([path for path in union if path not in stacks]) or ()
+        exact = {"target_modules": modules, "target_parameters": stacks, "exclude_modules": None, "layers": None}
+        config = replace(config, **exact)  # type: ignore[arg-type]
     saved = tuple(dict.fromkeys(name for adapter in adapters for name in adapter.config.modules_to_save))
-    kinds = {adapter.config.bias for adapter in adapters}
+    which = {adapter.config.bias for adapter in adapters}
     bias: Literal["all", "lora_only", "none"] = (
-        "all" if "all" in kinds else "lora_only" if "lora_only" in kinds else "none"
+        "all" if "all" in which else "lora_only" if "lora_only" in which else "none"
     )
     if bias == "lora_only":
         trained = {path for a in adapters if a.config.bias == "lora_only" for path in a.factors}

@@ -9,11 +9,13 @@ import torch
 from torch import nn
 
 from lorakit.adapter.config import LoRAConfig
-from lorakit.adapter.targets import Target, Targets
+from lorakit.adapter.targets import Target, Targets, readers
 from lorakit.adapter.value import Adapter
 from lorakit.core import initializers, lowrank
-from lorakit.core.deltas import LayerUpdate, LoRA, Replacement
-from lorakit.core.layer import AdaptedModule
+from lorakit.core.attention import AdaptedAttention
+from lorakit.core.deltas import LayerUpdate, LoRA, Replacement, StackedUpdate
+from lorakit.core.experts import AdaptedExperts
+from lorakit.core.layer import AdaptedLayer, AdaptedModule, ReplacedModule, bias_name
 from lorakit.core.sites import CONVOLUTION, EMBEDDING
 from lorakit.core.weights import base_weight_of
 from lorakit.errors import ConfigError
@@ -28,12 +30,16 @@ def expected_shapes(adapter: Adapter, targets: Targets, modules: Mapping[str, nn
         if target.site is CONVOLUTION and factors is not None and factors.A.shape[1] == channels:
             shape_A = (shape_A[0], channels, *shape_A[2:])  # PEFT's A reads all channels of a grouped convolution
         shapes |= {f"{target.path}.A": shape_A, f"{target.path}.B": shape_B}
-    shapes |= {f"{path}.bias": tuple(modules[path].get_parameter("bias").shape) for path in targets.biases}
+    shapes |= {f"{path}.bias": tuple(_bias(modules[path]).shape) for path in targets.biases}
     for path in targets.replaced:
         module = modules[path]
         own = (module.as_base() if isinstance(module, AdaptedModule) else module).state_dict()
         shapes |= {f"{path}.{key}": tuple(tensor.shape) for key, tensor in own.items()}
     return shapes
+
+
+def _bias(module: nn.Module) -> nn.Parameter:
+    return module.get_parameter(bias_name(module))
 
 
 def seeded(seed: int, path: str) -> torch.Generator:
@@ -54,34 +60,68 @@ def fresh_updates(
     """
     loras = {target.path: _fresh_lora(config, target, seed) for target in targets.layers}
     for path in dict.fromkeys([*loras, *targets.biases]):
-        bias = modules[path].get_parameter("bias").detach().float().clone() if path in targets.biases else None
+        bias = _bias(modules[path]).detach().float().clone() if path in targets.biases else None
         yield path, LayerUpdate(loras.get(path), bias)
 
 
 def _fresh_lora(config: LoRAConfig, target: Target, seed: int) -> LoRA:
-    base_weight_of(target.module, target.path)  # refuses a storage that cannot be read
+    base_weight_of(target.module, target.path, target.site.weight_name)  # refuses a storage that cannot be read
     shape_A, shape_B = target.site.shapes(target.module, target.r, target.path)
     # an embedding looks up columns of A: its default starts with A zero, so that no rare token begins with a random row
     by_name = initializers.FOR_EMBEDDINGS if target.site is EMBEDDING else initializers.INITIALIZERS
     initializer = by_name[config.init]
+    generator = seeded(seed, target.path)
+    if target.site.kind == "experts":  # each a matrix of its own
+        starts = [initializer(shape_A[1:], shape_B[1:], generator) for _ in range(shape_A[0])]
+        A, B = torch.stack([start.A for start in starts]), torch.stack([start.B for start in starts])
+        return _lora(config, A, B, target.alpha, target.r)
     if len(shape_A) > 2 and config.init == "orthogonal":
         raise ConfigError(f"{target.path}: init 'orthogonal' is defined for matrices, not for convolutions")
-    start = initializer(shape_A, shape_B, seeded(seed, target.path))
-    return _lora(config, start.A, start.B, target.alpha)
+    start = initializer(shape_A, shape_B, generator)
+    return _lora(config, start.A, start.B, target.alpha, target.r)
 
 
-def _lora(config: LoRAConfig, A: torch.Tensor, B: torch.Tensor, alpha: float) -> LoRA:
-    return LoRA(A, B, alpha=alpha, s=lowrank.scale(alpha, A.shape[0], config.scaling), dropout=config.dropout)
+def _lora(config: LoRAConfig, A: torch.Tensor, B: torch.Tensor, alpha: float, r: int) -> LoRA:
+    return LoRA(A, B, alpha=alpha, s=lowrank.scale(alpha, r, config.scaling), dropout=config.dropout, r=r)
 
 
 def loaded_updates(adapter: Adapter, targets: Targets) -> Iterator[tuple[str, LayerUpdate]]:
     """Updates from a value that was checked against the targets; copies, so that the value stays one."""
     loras = {
-        path: _lora(adapter.config, f.A.detach().clone(), f.B.detach().clone(), f.alpha)
+        path: _lora(adapter.config, f.A.detach().clone(), f.B.detach().clone(), f.alpha, f.r)
         for path, f in adapter.factors.items()
     }
     for path in dict.fromkeys([*loras, *targets.biases]):
         yield path, LayerUpdate(loras.get(path), adapter.biases[path].clone() if path in targets.biases else None)
+
+
+def by_module(
+    updates: Mapping[str, LayerUpdate | Replacement], modules: Mapping[str, nn.Module]
+) -> dict[str, LayerUpdate | Replacement | StackedUpdate]:
+    """What each module is to hold, by its path: updates of parameters together, and an empty update where a module
+    must be adapted for what it reads elsewhere.
+    """
+    held: dict[str, LayerUpdate | Replacement | StackedUpdate] = {}
+    for path, update in updates.items():
+        if path in modules:
+            held[path] = update
+            continue
+        parent, _, name = path.rpartition(".")
+        stacked = held.setdefault(parent, StackedUpdate())
+        assert isinstance(stacked, StackedUpdate), "only modules of stacked weights have parameters with paths"
+        stacked.updates[name] = update
+    for path in readers(updates, modules):
+        held.setdefault(path, LayerUpdate())
+    return held
+
+
+def mixin_for(module: nn.Module, update: LayerUpdate | Replacement | StackedUpdate) -> type[AdaptedModule]:
+    """The class that makes a module compute with such an update."""
+    if isinstance(update, Replacement):
+        return ReplacedModule
+    if isinstance(update, StackedUpdate):
+        return AdaptedExperts
+    return AdaptedAttention if isinstance(module, nn.MultiheadAttention) else AdaptedLayer
 
 
 def fresh_replacement(module: nn.Module) -> Replacement:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,31 +19,53 @@ from lorakit.errors import AdapterError, bullet_list, nearest
 if TYPE_CHECKING:
     from lorakit.adapter.spectrum import Spectrum
 
+Kind = Literal["matrix", "embedding", "convolution", "attention", "experts"]
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Factors:
     """The low-rank update of one layer: s B A.
 
     Attributes:
-        A: (r, in), or (r, in / groups, *kernel) for a convolution.
-        B: (out, r), or (out, r / groups, 1, ...) for a convolution.
+        A: (r, in); (r, in / groups, *kernel) for a convolution; (experts, r, in) for stacked experts.
+        B: (out, r); (out, r / groups, 1, ...) for a convolution; (experts, out, r) for stacked experts.
         alpha: numerator of the scale.
-        kind: how the layer multiplies: by a matrix, by looking rows up, or by convolving.
+        kind: how the layer multiplies: by a matrix, by looking rows up, by convolving, by one of the two matrices of a
+        MultiheadAttention, or by one matrix of a stack for each token.
     """
 
     A: torch.Tensor
     B: torch.Tensor
     alpha: float
-    kind: Literal["matrix", "embedding", "convolution"] = "matrix"
+    kind: Kind = "matrix"
 
     @property
     def r(self) -> int:
         """Rank."""
-        return self.A.shape[0]
+        return self.A.shape[1 if self.kind == "experts" else 0]
+
+    @property
+    def rank_shares(self) -> int:
+        """Among how many matrices `r` is divided: the groups of a convolution. Every expert has the whole of it."""
+        return 1 if self.kind == "experts" else self.r // self.B.shape[1]
+
+    @property
+    def matrix_shape(self) -> tuple[int, int]:
+        """(outputs, inputs) of an update as a matrix; a convolution's kernel counts with the inputs, an embedding has
+        its vocabulary for inputs, and of experts it is one's.
+        """
+        first = 1 if self.kind == "experts" else 0
+        return self.B.shape[first], math.prod(self.A.shape[first + 1 :])
+
+    def blocks(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The factors as stacks of matrices (`lowrank.blocks`), one a group or expert: A (n, r, columns), B (n, out, r)
+        with the `r` that each has.
+        """
+        return (self.A, self.B) if self.kind == "experts" else lowrank.blocks(self.A, self.B)
 
     def delta(self, scaling: str) -> torch.Tensor:
-        """s B A in fp32: (out, in); (vocabulary, dim) for an embedding; (out, in / groups, *kernel) for a
-        convolution.
+        """s B A in fp32: (out, in); (vocabulary, dim) for an embedding; (out, in / groups, *kernel) for a convolution;
+        (experts, out, in) for stacked experts, however the model lays them (gpt-oss has (experts, in, out)).
         """
         s = lowrank.scale(self.alpha, self.r, scaling)
         if self.kind == "convolution":
@@ -204,12 +227,12 @@ class Adapter:
         factors = {}
         for path, f in self.factors.items():
             A, B = f.A.float(), f.B.float() * self.scale(path)
+            rows = 1 if f.kind == "experts" else 0  # the dimension of A along which its rows run
             if uniform_rank and f.r < largest:
-                if f.B.shape[1] != f.r:
+                if f.B.shape[rows + 1] != f.r:
                     raise AdapterError(f"{path}: a grouped convolution's rank cannot be padded from {f.r} to {largest}")
-                A = torch.cat([A, A.new_zeros(largest - f.r, *A.shape[1:])])
-                B = torch.cat([B, B.new_zeros(B.shape[0], largest - f.r, *B.shape[2:])], dim=1)
-            factors[path] = replace(f, A=A, B=B, alpha=float(A.shape[0]))
+                A, B = _padded(A, largest, dim=rows), _padded(B, largest, dim=rows + 1)
+            factors[path] = replace(f, A=A, B=B, alpha=float(A.shape[rows]))
         from lorakit.adapter.compress import with_factors
 
         return with_factors(self, factors)
@@ -251,7 +274,10 @@ class Adapter:
         if not self.tensors():
             problems.append("holds no tensor")
         for path, f in self.factors.items():
-            rank_B = f.B.shape[1] if f.B.ndim > 1 else 0
+            if f.kind == "experts" and (f.A.ndim != 3 or f.B.ndim != 3 or len(f.A) != len(f.B) or not len(f.A)):
+                problems.append(f"{path}: A {tuple(f.A.shape)} and B {tuple(f.B.shape)} do not belong together")
+                continue
+            rank_B = f.B.shape[2 if f.kind == "experts" else 1] if f.B.ndim > 1 else 0
             if f.A.ndim < 2 or rank_B == 0 or f.r % rank_B or (f.kind != "convolution" and rank_B != f.r):
                 problems.append(f"{path}: A {tuple(f.A.shape)} and B {tuple(f.B.shape)} do not belong together")
         for name, tensor in self.tensors().items():
@@ -277,3 +303,10 @@ class Adapter:
             "bytes": self.nbytes,
             "ranks": sorted({f.r for f in self.factors.values()}),
         }
+
+
+def _padded(factor: torch.Tensor, size: int, dim: int) -> torch.Tensor:
+    """Zeros added at the end of a dimension up to `size`."""
+    shape = list(factor.shape)
+    shape[dim] = size - shape[dim]
+    return torch.cat([factor, factor.new_zeros(shape)], dim=dim)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import click
 
 from lorakit.cli.common import emit, verb
+from lorakit.cli.files import context_of, context_options, transcribe
 
 
 @verb("convert")
@@ -12,12 +15,7 @@ from lorakit.cli.common import emit, verb
 @click.option("--to", required=True, metavar="FORMAT", help="peft, kohya, diffusers, ...: docs/formats.md lists them.")
 @click.option("--output", required=True, help="File or folder to write.")
 @click.option("--from", "source_format", metavar="FORMAT", help="Format of ADAPTER; without it, recognised.")
-@click.option(
-    "--model",
-    "--model_name_or_path",
-    help="The base, for formats whose names only it explains (its config is read, no weights); without it, the "
-    "adapter's own.",
-)
+@context_options
 @click.option("--alpha", type=float, help="Numerator of the scale, for files that lack it (loralib).")
 def command(
     adapter: str,
@@ -27,11 +25,10 @@ def command(
     model: str | None,
     alpha: float | None,
     as_json: bool,
+    **known: Any,
 ) -> None:
     """Write ADAPTER, a file or folder of any format that can be read, in another one.
 
     What the target cannot carry is told by name, and nothing is written.
     """
-    from lorakit.cli.files import context_of, transcribe
-
-    emit(transcribe(adapter, source_format, to, output, context_of(model, alpha)), as_json)
+    emit(transcribe(adapter, source_format, to, output, context_of(model, alpha, **known)), as_json)

@@ -79,6 +79,7 @@ def result_lines(result: Demo) -> Iterator[str]:
     ask = ["--adapter", str(run.adapter), "--system", SYSTEM]
     yield f"next   {shlex.join(['lorakit', 'generate', *ask, '--prompt', _NEW_ORDER])}"
     yield f"       {shlex.join(['lorakit', 'chat', *ask])}"
+    yield f"       lorakit merge --adapter {shlex.quote(str(run.adapter))} --output {run.directory}/merged"
     yield (
         "       lorakit train YOUR.jsonl --model smollm2 --output runs/mine    (rows as in "
         + f"{run.directory}/train.jsonl)"

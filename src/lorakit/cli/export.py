@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import click
 
 from lorakit.adapter.config import LoRAConfig
 from lorakit.cli.common import config_options, console, emit, verb
+from lorakit.cli.files import context_for_writing, context_of, context_options, reference_of, transcribe
 from lorakit.config import Config
 from lorakit.errors import ConfigError
 
@@ -26,11 +28,7 @@ class _Planned(Config):
 )
 @click.option("--output", help="File or folder to write.")
 @click.option("--from", "source_format", metavar="FORMAT", help="Format of --adapter; without it, recognised.")
-@click.option(
-    "--model",
-    "--model_name_or_path",
-    help="The base (its config is read, no weights); without it, the one the adapter names.",
-)
+@context_options
 @click.option(
     "--lint", is_flag=True, help="Write nothing; tell what the target cannot carry, of --adapter or of settings."
 )
@@ -44,14 +42,13 @@ def command(
     lint: bool,
     config: _Planned,
     as_json: bool,
+    **known: Any,
 ) -> None:
     """Write an adapter for another tool.
 
     With --lint nothing is written: what the target cannot carry is listed, of --adapter, or, before there is one, of
     the settings (the same as for train, or --config run.yaml) on --model. Exit code 2 if there is such a thing.
     """
-    from lorakit.cli.files import context_of, transcribe
-
     flags = click.get_current_context().params
     given = {key.removeprefix("lora__") for key in flags if key.startswith("lora__") and flags[key] is not None}
     alpha = config.lora.alpha if "alpha" in given else None
@@ -61,7 +58,7 @@ def command(
     if lint:
         if adapter is None and model is None:
             raise ConfigError("--lint needs --adapter, or --model with the settings of the adapter to be trained")
-        problems = _obstacles(adapter, source_format, to, model, config.lora, alpha)
+        problems = _obstacles(adapter, source_format, to, model, config.lora, alpha, known)
         for problem in problems:
             console.print(f"  - {problem}")
         console.print(
@@ -74,22 +71,28 @@ def command(
     if adapter is None or output is None:
         missing = [flag for flag, value in (("--adapter", adapter), ("--output", output)) if value is None]
         raise ConfigError(f"export needs {' and '.join(missing)}; to check settings before training, add --lint")
-    emit(transcribe(adapter, source_format, to, output, context_of(model, alpha)), as_json)
+    emit(transcribe(adapter, source_format, to, output, context_of(model, alpha, **known)), as_json)
 
 
 def _obstacles(
-    adapter: str | None, source_format: str | None, to: str, model: str | None, planned: LoRAConfig, alpha: float | None
+    adapter: str | None,
+    source_format: str | None,
+    to: str,
+    model: str | None,
+    planned: LoRAConfig,
+    alpha: float | None,
+    known: dict[str, Any],
 ) -> list[str]:
     from lorakit.adapter.blank import blank_adapter
-    from lorakit.cli.files import context_for_writing, context_of
     from lorakit.formats import BaseFacts, Context, codec, load_adapter
     from lorakit.models import load_skeleton
 
-    target = codec(to)
+    target = codec(to)  # a misspelled name is told before anything is read
     if adapter is not None:
-        context = context_of(model, alpha)
+        context = context_of(model, alpha, **known)
         value = load_adapter(adapter, format=source_format, context=context)
         return target.obstacles(value, context_for_writing(value, context))
     assert model is not None
+    known["base_reference"] = known["base_reference"] or reference_of(model)
     skeleton = load_skeleton(model)
-    return target.obstacles(blank_adapter(skeleton, planned), Context(base=BaseFacts.of(skeleton)))
+    return target.obstacles(blank_adapter(skeleton, planned), Context(base=BaseFacts.of(skeleton), **known))

@@ -1,9 +1,13 @@
-"""What `convert` and `export` share: the base an adapter is for, reading it, writing it, and saying so."""
+"""What `convert` and `export` share: their flags, the base an adapter is for, reading it, writing it, and saying so."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import click
 
 from lorakit.cli.common import console
 from lorakit.errors import ConfigError, MissingDependencyError, ModelError
@@ -13,12 +17,69 @@ if TYPE_CHECKING:
     from lorakit.formats import Context
 
 
-def context_of(model: str | None, alpha: float | None) -> Context:
-    """What is known besides the file: the base's layers, from its config alone, and alpha."""
+def context_options(function: Callable[..., None]) -> Callable[..., None]:
+    """What a file may not say (`Context`): `--model`, `--base-reference`, `--tensor-type`, `--enable-lora`."""
+    for option in (
+        click.option(
+            "--enable-lora",
+            metavar="BOOL,...",
+            callback=_parts,
+            help="loralib: which equal parts of a MergedLinear's output have an update, e.g. true,false,true.",
+        ),
+        click.option(
+            "--tensor-type",
+            type=click.Choice(["f32", "f16"]),
+            default="f32",
+            show_default=True,
+            help="Tensors of gguf.",
+        ),
+        click.option(
+            "--base-reference",
+            metavar="NAME",
+            help="What the base is called where the adapter goes: ollama's FROM (llama3.2), vllm's model.",
+        ),
+        click.option(
+            "--model",
+            "--model_name_or_path",
+            help="The base (its config is read, no weights); without it, the one that the adapter names.",
+        ),
+    ):
+        function = option(function)
+    return function
+
+
+def _parts(context: click.Context, parameter: click.Parameter, value: str | None) -> tuple[bool, ...] | None:
+    if value is None:
+        return None
+    words = {"true": True, "1": True, "false": False, "0": False}
+    parts = [word.strip().casefold() for word in value.split(",")]
+    if not all(part in words for part in parts):
+        raise click.BadParameter(
+            f"{value!r} is not true or false for each part, e.g. true,false,true", context, parameter
+        )
+    return tuple(words[part] for part in parts)
+
+
+def context_of(model: str | None, alpha: float | None, base_reference: str | None = None, **known: Any) -> Context:
+    """What is known besides the file: the base's layers, from its config alone, alpha, and the flags above."""
     from lorakit.formats import BaseFacts, Context
     from lorakit.models import load_skeleton
 
-    return Context(base=None if model is None else BaseFacts.of(load_skeleton(model)), alpha=alpha)
+    if model is None:
+        return Context(alpha=alpha, base_reference=base_reference, **known)
+    reference = base_reference or reference_of(model)
+    return Context(base=BaseFacts.of(load_skeleton(model)), alpha=alpha, base_reference=reference, **known)
+
+
+def reference_of(model: str) -> str | None:
+    """How other tools on this machine find the base: by its file or folder, if it is one."""
+    from lorakit.models import resolve
+
+    try:
+        source = resolve(model)
+    except ModelError:  # a diffusion pipeline, which none of these tools takes
+        return None
+    return None if source.kind == "hub" else source.location
 
 
 def context_for_writing(value: Adapter, context: Context) -> Context:
@@ -29,7 +90,8 @@ def context_for_writing(value: Adapter, context: Context) -> Context:
     if context.base is not None or name is None:
         return context
     try:
-        found = context_of(name, context.alpha)
+        there = context_of(name, None, context.base_reference)
+        found = replace(context, base=there.base, base_reference=there.base_reference)
     except (ModelError, MissingDependencyError) as error:
         console.print(f"base   {name}, named by the adapter, is not at hand ({error}); --model names another place")
         return context

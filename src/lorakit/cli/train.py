@@ -80,4 +80,8 @@ def closing_lines(run: Run) -> list[str]:
             "note   the adapter is no better than the base on the validation rows: "
             "lower --learning-rate, or look at the data with lorakit check"
         )
-    return [*lines, f"next   lorakit chat --adapter {run.adapter}    lorakit eval DATA --adapter {run.adapter}"]
+    return [
+        *lines,
+        f"next   lorakit chat --adapter {run.adapter}    lorakit eval DATA --adapter {run.adapter}    "
+        f"lorakit merge --adapter {run.adapter} --output MODEL",
+    ]

@@ -13,51 +13,65 @@ import torch.nn.functional as F
 from torch import nn
 
 from lorakit.core import kernels
-from lorakit.core.sites import LinearSite, Site
+from lorakit.core.sites import LinearSite, Site, TransposedLinearSite
 
 
 class LoRA(nn.Module):
     """The update s B A of one layer (arXiv 2106.09685).
 
     Attributes:
-        A: (r, in, *kernel) parameter, fp32 whatever the base's dtype.
-        B: (out, r, 1, ...) parameter, fp32.
+        A: (r, in, *kernel) parameter, fp32 whatever the base's dtype; (experts, r, in) for stacked experts.
+        B: (out, r, 1, ...) parameter, fp32; (experts, out, r) for stacked experts.
         alpha: numerator of the scale, kept for files.
         s: scale, alpha / r or alpha / sqrt(r).
         dropout: probability for elements of the input of A, while training.
+        r: rank.
     """
 
-    def __init__(self, A: torch.Tensor, B: torch.Tensor, *, alpha: float, s: float, dropout: float = 0.0) -> None:
+    def __init__(
+        self, A: torch.Tensor, B: torch.Tensor, *, alpha: float, s: float, dropout: float = 0.0, r: int | None = None
+    ) -> None:
         super().__init__()
         self.A = nn.Parameter(A)
         self.B = nn.Parameter(B)
         self.alpha = alpha
         self.s = s
         self.dropout = dropout
+        self.r = A.shape[0] if r is None else r
 
-    @property
-    def r(self) -> int:
-        """Rank."""
-        return self.A.shape[0]
-
-    def forward(self, site: Site, layer: nn.Module, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    def forward(
+        self, site: Site, layer: nn.Module, x: torch.Tensor, dtype: torch.dtype, out: slice = slice(None)
+    ) -> torch.Tensor:
         """The update of the layer's output for input `x`, computed and returned in `dtype` (that of the layer's own
-        output).
+        output); of its features `out` alone, if given.
         """
         if self.dropout and self.training and x.is_floating_point():  # an embedding's input are indices
             x = F.dropout(x, self.dropout)
-        return site.up(layer, site.down(layer, x, self.A.to(dtype)), self.B.to(dtype)) * self.s
+        return site.up(layer, site.down(layer, x, self.A.to(dtype)), self.B[out].to(dtype)) * self.s
+
+    def for_expert(self, x: torch.Tensor, A: torch.Tensor, B: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """The update of one expert's output for the tokens `x` (n, in) sent to it; A (r, in) and B (out, r) are its."""
+        if self.dropout and self.training:
+            x = F.dropout(x, self.dropout)
+        return F.linear(F.linear(x, A.to(dtype)), B.to(dtype)) * self.s
+
+    def can_fuse(self, x: torch.Tensor, weight: Any) -> bool:
+        """Whether `kernels.lora_linear` may compute base and update together: a frozen dense weight, no dropout."""
+        return not (
+            torch.compiler.is_compiling()  # fuses by itself, and cannot see into our function
+            or (self.dropout and self.training)
+            or torch.is_autocast_enabled(x.device.type)
+            or not isinstance(weight, nn.Parameter)
+            or weight.requires_grad
+            or weight.dtype != x.dtype
+        )
 
     def fused_forward(self, site: Site, layer: nn.Module, x: torch.Tensor, weight: float) -> torch.Tensor | None:
         """Base and update together for a frozen dense Linear without dropout; None where that does not apply."""
         if (
-            type(site) is not LinearSite
-            or torch.compiler.is_compiling()  # fuses by itself, and cannot see into our function
-            or (self.dropout and self.training)
-            or torch.is_autocast_enabled(x.device.type)
-            or not isinstance(layer.weight, nn.Parameter)
-            or layer.weight.requires_grad
-            or layer.weight.dtype != x.dtype
+            not isinstance(site, LinearSite)
+            or isinstance(site, TransposedLinearSite)
+            or not self.can_fuse(x, layer.weight)
         ):
             return None
         return kernels.lora_linear(x, layer.weight, layer.bias, self.A, self.B, self.s * weight)  # type: ignore[arg-type]
@@ -80,6 +94,14 @@ class LayerUpdate(nn.Module):
         super().__init__()
         self.lora = lora
         self.bias = None if bias is None else nn.Parameter(bias)
+
+
+class StackedUpdate(nn.Module):
+    """Everything one adapter changes in one module whose weights are named as parameters: `updates`, by their names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.updates = nn.ModuleDict()
 
 
 class Replacement(nn.Module):

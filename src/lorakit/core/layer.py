@@ -21,15 +21,18 @@ from lorakit.errors import AdapterError
 
 class AdaptedModule(nn.Module):
     """What adapted layers and replaced modules share. Never instantiated: a module is given a subclass of this as its
-    class.
+    class. `AdaptedAttention` and `AdaptedExperts` have files of their own.
 
     Attributes:
         lorakit_updates: slot -> what that adapter changes here.
         lorakit_state: the model's ActiveState.
+        lorakit_batch_dim: the dimension along which the rows of a batch run in its input.
     """
 
     lorakit_updates: nn.ModuleDict
     lorakit_state: ActiveState
+    lorakit_batch_dim: int = 0
+    lorakit_verb = "Adapted"  # begins the name of the class made of this one
 
     def active_updates(self, selection: Selection) -> list[tuple[nn.Module, float]]:
         """What of a selection is here: (update, weight) in the order of activation."""
@@ -90,6 +93,12 @@ class AdaptedLayer(AdaptedModule):
 
     def _routed(self, route: Route, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """The base's output plus, at the rows of each adapter, what that adapter adds for them."""
+        if self.lorakit_batch_dim == 1:
+            with_rows_first = x.transpose(0, 1).contiguous()
+            return self._rows_first(route, with_rows_first, *args, **kwargs).transpose(0, 1)
+        return self._rows_first(route, x, *args, **kwargs)
+
+    def _rows_first(self, route: Route, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         routed = cast("list[tuple[LayerUpdate, Rows]]", self.routed_updates(route, x))
         y: torch.Tensor = super().forward(x, *args, **kwargs)
         if stackable(self.lorakit_site, routed, route, x):
@@ -129,6 +138,8 @@ class ReplacedModule(AdaptedModule):
 
     container: ClassVar[type[ReplacedModule]]
 
+    lorakit_verb = "Replaced"
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The base, or the module with the parameters that the active copies make; on a route, each row by its own."""
         selection = self.lorakit_state.current()
@@ -140,6 +151,8 @@ class ReplacedModule(AdaptedModule):
         return call_replaced(base_parameters(self), active, *args, **kwargs)
 
     def _routed(self, route: Route, *args: Any, **kwargs: Any) -> Any:
+        if self.lorakit_batch_dim != 0:
+            raise AdapterError(f"{type(self).__name__} is given sequences first, so it cannot be routed row by row")
         y = super().forward(*args, **kwargs)
         inputs = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor) and value.ndim]
         routed = cast("list[tuple[Replacement, Rows]]", self.routed_updates(route, inputs[0]))
@@ -205,7 +218,7 @@ def base_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
 
 
 _CHANNELS_FIRST = (nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm, nn.GroupNorm)
-_LAST_DIM = (nn.Linear, nn.LayerNorm)
+_LAST_DIM = (nn.Linear, nn.LayerNorm, nn.MultiheadAttention)
 
 
 def bias_dim(layer: nn.Module, site: Site | None) -> int | None:
@@ -217,13 +230,37 @@ def bias_dim(layer: nn.Module, site: Site | None) -> int | None:
     return -1 if isinstance(layer, _LAST_DIM) else None
 
 
+def bias_name(layer: nn.Module) -> str:
+    """What the layer calls its bias."""
+    return "in_proj_bias" if isinstance(layer, nn.MultiheadAttention) else "bias"
+
+
+_TORCH_TRANSFORMERS = (nn.Transformer, nn.TransformerEncoder, nn.TransformerDecoder)
+_TORCH_BLOCKS = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
+
+
+def batch_dim(module: nn.Module) -> int:
+    """The dimension along which the rows of a batch run in what a module is given: 1 for torch's transformers and their
+    layers unless they are `batch_first`.
+    """
+    if not isinstance(module, (*_TORCH_TRANSFORMERS, *_TORCH_BLOCKS, nn.MultiheadAttention)):
+        return 0
+    attention = next(inner for inner in module.modules() if isinstance(inner, nn.MultiheadAttention))
+    return 0 if attention.batch_first else 1
+
+
+def batch_dim_inside(parent: nn.Module | None) -> int:
+    """The same for the layers right inside a module: torch's blocks hand on what they are given."""
+    return batch_dim(parent) if isinstance(parent, _TORCH_BLOCKS) else 0
+
+
 _subclasses: dict[tuple[type, type], type[AdaptedModule]] = {}
 
 
 def _subclass(mixin: type[AdaptedModule], base: type[nn.Module]) -> type[AdaptedModule]:
     if (mixin, base) in _subclasses:
         return _subclasses[mixin, base]
-    name = f"{'Adapted' if issubclass(mixin, AdaptedLayer) else 'Replaced'}{base.__name__}"
+    name = f"{mixin.lorakit_verb}{base.__name__}"
     made = type(name, (mixin, base), {"__module__": base.__module__, "__doc__": base.__doc__})
     return _subclasses.setdefault((mixin, base), made)
 

@@ -1,5 +1,14 @@
-"""How a layer multiplies. A Site knows, for one kind of layer, the shapes of A and B, how an input goes through them,
-and what dense weight they make. It knows nothing of scales, dropout or which adapter is active.
+"""How a layer multiplies. A Site knows, for one kind of layer, which of its parameters multiplies, the shapes of A and
+B, how an input goes through them, and what dense weight they make. It knows nothing of scales, dropout or which adapter
+is active.
+
+An adapter names each weight by a path. Most layers have one weight, called `weight`, and the layer's path names it. Two
+kinds of module multiply by several:
+
+- `nn.MultiheadAttention` at `attn`: `attn` is its packed input projection (one matrix, as PEFT has it), `attn.out_proj`
+  its output projection, a child module with a path of its own, which however is not called: `attn` reads its weight.
+- stacked experts at `experts`: each stack is a parameter, so its own full name is its path, `experts.gate_up_proj`. No
+  module can have that path, so the two kinds never collide, and a configuration names them in a list of its own.
 """
 
 from __future__ import annotations
@@ -18,8 +27,9 @@ from lorakit.errors import TargetError
 class Site:
     """Base of all sites. Stateless: one instance serves every layer of its kind."""
 
-    kind = "matrix"  # how the factors lie in files: matrix, embedding or convolution
+    kind = "matrix"  # how the factors lie in files: matrix, embedding, convolution, attention or experts
     bias_dim = -1  # dimension of the output along which a bias runs
+    weight_name = "weight"  # the parameter that multiplies
 
     def shapes(self, layer: Any, r: int, path: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Shapes of A and B for rank `r`.
@@ -47,7 +57,7 @@ class LinearSite(Site):
 
     def shapes(self, layer: Any, r: int, path: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """A (r, in), B (out, r)."""
-        out_features, in_features = layer.weight.shape
+        out_features, in_features = layer.get_parameter(self.weight_name).shape
         return (r, in_features), (out_features, r)
 
     def down(self, layer: Any, x: torch.Tensor, A: torch.Tensor) -> torch.Tensor:
@@ -74,6 +84,47 @@ class TransposedLinearSite(LinearSite):
     def dense(self, A: torch.Tensor, B: torch.Tensor, s: float) -> torch.Tensor:
         """(in, out)."""
         return lowrank.matrix_delta(A, B, s).T
+
+
+class AttentionInputSite(LinearSite):
+    """`nn.MultiheadAttention`'s packed input projection: queries, keys, values are thirds of x W^T with W (3 d, d)."""
+
+    kind = "attention"
+    weight_name = "in_proj_weight"
+
+
+class AttentionOutputSite(LinearSite):
+    """`nn.MultiheadAttention`'s output projection, a Linear that the attention does not call."""
+
+    kind = "attention"
+
+
+class ExpertsSite(Site):
+    """A stack of matrices, one an expert, in a module that sends each token to a few of them; its forward is
+    `core.experts`'.
+
+    Attributes:
+        weight_name: the parameter that is the stack.
+        transposed: whether it lies (experts, in, out); else (experts, out, in).
+    """
+
+    kind = "experts"
+
+    def __init__(self, weight_name: str, *, transposed: bool) -> None:
+        self.weight_name = weight_name
+        self.transposed = transposed
+
+    def shapes(self, layer: Any, r: int, path: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """A (experts, r, in), B (experts, out, r)."""
+        experts, out_features, in_features = layer.get_parameter(self.weight_name).shape
+        if self.transposed:
+            out_features, in_features = in_features, out_features
+        return (experts, r, in_features), (experts, out_features, r)
+
+    def dense(self, A: torch.Tensor, B: torch.Tensor, s: float) -> torch.Tensor:
+        """(experts, out, in), or (experts, in, out) where transposed."""
+        delta = lowrank.matrix_delta(A, B, s)
+        return delta.mT if self.transposed else delta
 
 
 class EmbeddingSite(Site):
@@ -149,6 +200,7 @@ LINEAR, TRANSPOSED_LINEAR, EMBEDDING, CONVOLUTION = (
     EmbeddingSite(),
     ConvolutionSite(),
 )
+ATTENTION_INPUT, ATTENTION_OUTPUT = AttentionInputSite(), AttentionOutputSite()
 
 
 def site_of(layer: nn.Module) -> Site | None:
@@ -161,10 +213,12 @@ def site_of(layer: nn.Module) -> Site | None:
     if adapted is not None:
         return adapted  # type: ignore[no-any-return]
     kind = type(layer)
+    if isinstance(layer, nn.MultiheadAttention):
+        return ATTENTION_INPUT if is_attention(layer) and layer._qkv_same_embed_dim else None
     if isinstance(layer, nn.Linear):
-        return (
-            LINEAR if kind.forward is nn.Linear.forward and kind.__name__ != "NonDynamicallyQuantizableLinear" else None
-        )
+        if kind is nn.modules.linear.NonDynamicallyQuantizableLinear:  # found in nn.MultiheadAttention only
+            return ATTENTION_OUTPUT
+        return LINEAR if kind.forward is nn.Linear.forward else None
     if isinstance(layer, nn.Embedding):
         plain = kind.forward is nn.Embedding.forward or hasattr(layer, "embed_scale")
         return EMBEDDING if plain and layer.max_norm is None else None  # max_norm rewrites W in its forward
@@ -178,5 +232,11 @@ def site_of(layer: nn.Module) -> Site | None:
 
 
 def is_linear(layer: nn.Module) -> bool:
-    """Whether "all-linear" means this layer."""
-    return isinstance(site_of(layer), LinearSite)
+    """Whether "all-linear" means this layer: one that multiplies by a matrix, a MultiheadAttention included."""
+    return isinstance(site_of(layer), LinearSite) or is_attention(layer)
+
+
+def is_attention(layer: nn.Module) -> bool:
+    """Whether the layer is torch's MultiheadAttention with torch's own forward (or lorakit's)."""
+    plain = type(layer).forward is nn.MultiheadAttention.forward or "lorakit_state" in layer.__dict__
+    return isinstance(layer, nn.MultiheadAttention) and plain

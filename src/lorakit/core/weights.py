@@ -23,28 +23,31 @@ class BaseWeight(Protocol):
 
 
 class Dense:
-    """A plain floating-point parameter called `weight`."""
+    """A plain floating-point parameter, called `weight` in most layers."""
+
+    def __init__(self, name: str = "weight") -> None:
+        self.name = name
 
     def read(self, layer: nn.Module) -> torch.Tensor:
         """The parameter itself."""
-        weight: torch.Tensor = layer.get_parameter("weight")
+        weight: torch.Tensor = layer.get_parameter(self.name)
         return weight
 
     @torch.no_grad()
     def write(self, layer: nn.Module, weight: torch.Tensor) -> None:
         """Copy into the parameter, rounding to its dtype; tied parameters see it too."""
-        layer.get_parameter("weight").copy_(weight)
+        layer.get_parameter(self.name).copy_(weight)
 
 
-def base_weight_of(layer: nn.Module, path: str) -> BaseWeight:
-    """The storage of a layer's weight.
+def base_weight_of(layer: nn.Module, path: str, name: str = "weight") -> BaseWeight:
+    """The storage of a layer's weight, the parameter called `name` (`Site.weight_name`).
 
     Raises:
         TargetError: the weight is stored in a way lorakit does not read.
     """
-    weight = getattr(layer, "weight", None)
+    weight = getattr(layer, name, None)
     if isinstance(weight, nn.Parameter) and weight.is_floating_point():
-        return Dense()
+        return Dense(name)
     raise TargetError(
         f"{path}: {type(layer).__name__} stores its weight as {getattr(weight, 'dtype', type(weight).__name__)}, "
         "which this version does not read; load the base in fp32, bf16 or fp16, or leave it out by exclude_modules"

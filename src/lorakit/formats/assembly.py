@@ -1,20 +1,25 @@
-"""What codecs of single files share: finding the file, making a layer's factors fit its weight, and the config that an
-adapter has whose file holds none. Knows no tensor names.
+"""What the codecs of diffusion files share: finding the file, making a layer's factors fit its weight, and the adapter
+of what was found. Knows no names of tensors.
 """
 
 from __future__ import annotations
 
 import re
-from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from lorakit.adapter.config import LoRAConfig
 from lorakit.adapter.value import Adapter, Factors
 from lorakit.errors import AdapterFileError, FileError
 from lorakit.files import read_safetensors, read_safetensors_header
+from lorakit.formats.codec import config_of, our_metadata, read_our_metadata
+
+# entries of a header: ours; and such as no longer hold once the tensors are written anew
+_OURS = "lorakit"
+_STALE = re.compile(rf"format|{_OURS}|lora_adapter_metadata|(ss_network_|sshs_).*")
 
 WEIGHTS_NAME = "pytorch_lora_weights.safetensors"  # what pipelines look for in a folder
 
@@ -75,40 +80,33 @@ def factors_of(A: torch.Tensor, B: torch.Tensor, scale: float) -> Factors:
 
 
 def adapter_of(
-    factors: Mapping[str, Factors], modules: Collection[str], metadata: Mapping[str, str] | None = None
+    factors: Mapping[str, Factors], modules: Mapping[str, Any] | None, header: Mapping[str, str], file: Path
 ) -> Adapter:
     """The adapter that has these factors and no more, whose scales are alpha / r.
 
     Args:
         factors: module path -> update.
-        modules: all paths of the model, where it is known.
-        metadata: strings to keep.
+        modules: all modules of the model by path, where it is known.
+        header: of the file: our metadata, and strings to keep.
+        file: where it was read.
+
+    Raises:
+        AdapterFileError: there is no factor, or our metadata is damaged.
     """
-    ranks, alphas = ({path: getattr(f, name) for path, f in factors.items()} for name in ("r", "alpha"))
-    r, alpha = (Counter(values.values()).most_common(1)[0][0] if values else 0 for values in (ranks, alphas))
-    config = LoRAConfig(
-        r=max(int(r), 1),
-        alpha=float(alpha) or 1.0,
-        target_modules=exactly(factors, modules),
-        rank_pattern={path: int(rank) for path, rank in _exceptions(ranks, r).items()},
-        alpha_pattern=_exceptions(alphas, alpha),
-    )
-    return Adapter(config=config, factors=dict(factors), metadata=dict(metadata or {}))
+    if not factors:
+        raise AdapterFileError(f"{file}: holds no update")
+    base, _ = read_our_metadata(header.get(_OURS), file)
+    kept = {key: value for key, value in header.items() if not _STALE.fullmatch(key)}
+    return Adapter(config=config_of(factors, modules=modules), factors=dict(factors), base=base, metadata=kept)
 
 
-def exactly(paths: Collection[str], modules: Collection[str]) -> str | tuple[str, ...]:
-    """`target_modules` that mean these modules and no other: a list, or an expression where a list might mean more."""
-    ends = {end for path in {*modules, *paths} for end in _tails(path)}
-    known = modules or all("." in path for path in paths)
-    return tuple(paths) if known and ends.isdisjoint(paths) else "|".join(map(re.escape, paths))
+def header_of(adapter: Adapter) -> dict[str, str]:
+    """What `adapter_of` finds again: the adapter's own strings, and the name of its base.
 
-
-def _exceptions(values: Mapping[str, float], usual: float) -> dict[str, float]:
-    """Pattern -> value for every layer that has not the usual one; anchored where it would mean a longer path too."""
-    ends = {end for path in values for end in _tails(path)}
-    return {("^" if path in ends else "") + re.escape(path): v for path, v in values.items() if v != usual}
-
-
-def _tails(path: str) -> list[str]:
-    parts = path.split(".")
-    return [".".join(parts[start:]) for start in range(1, len(parts))]
+    Not the base's fingerprint: an adapter of some components fits every pipeline that has them.
+    """
+    header = {**{key: text for key, text in adapter.metadata.items() if not _STALE.fullmatch(key)}, "format": "pt"}
+    if adapter.base is not None and adapter.base.name is not None:
+        named = replace(adapter.base, architecture="", dtype="", structure="", samples=())
+        header[_OURS] = our_metadata(replace(adapter, base=named, metadata={}))
+    return header

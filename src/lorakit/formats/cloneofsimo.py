@@ -72,7 +72,7 @@ def read(
                 problems.append(str(error))
     if problems:
         raise AdapterFileError(f"{file}: nothing loaded:\n{bullet_list(problems)}")
-    return adapter_of({path: factors[path] for path in layers.shapes if path in factors}, layers.shapes)
+    return adapter_of({path: factors[path] for path in layers.shapes if path in factors}, layers.shapes, {}, file)
 
 
 def _what(name: str, metadata: Mapping[str, str]) -> str:

@@ -25,20 +25,36 @@ from lorakit.core import lowrank
 from lorakit.errors import AdapterFileError, FileError, bullet_list
 from lorakit.files import parse_json, write_safetensors
 from lorakit.formats import cloneofsimo, pipeline
-from lorakit.formats.assembly import adapter_of, factors_of, fitted, header_names, read_tensors, tensor_file
+from lorakit.formats.assembly import (
+    adapter_of,
+    factors_of,
+    fitted,
+    header_names,
+    header_of,
+    read_tensors,
+    tensor_file,
+)
 from lorakit.formats.codec import Context
 from lorakit.formats.lycoris import scale
-from lorakit.formats.peft import by_pattern, read_config
+from lorakit.formats.peft import read_config
+from lorakit.formats.peft_nested import by_pattern
 from lorakit.formats.pipeline import FileName, Layers
 
 _SETTINGS = "lora_adapter_metadata"  # key in the header
 
-# how a tensor's name ends -> which factor it is; the last group but the first is the layer of an attention processor
-_TENSOR = re.compile(
-    r"(?P<path>.+?)(?P<processor>(?:\.processor)?\.to_(?P<part>q|k|v|out)_lora)?"
-    r"\.(?:lora_(?P<matrix>[AB])|(?:lora\.|lora_linear_layer\.)?(?P<side>down|up))\.weight"
+# a tensor's name: the layer's path, which factor it is, and the layer as attention processors spell it
+_TENSORS = tuple(
+    map(
+        re.compile,
+        (
+            r"(?P<path>.+)\.lora_(?P<matrix>[AB])\.weight",
+            r"(?P<path>.+)\.(?:lora|lora_linear_layer)\.(?P<side>down|up)\.weight",
+            r"(?P<path>.+?)(?:\.processor)?\.(?P<part>to_(?:q|k|v|out)_lora)\.(?P<side>down|up)\.weight",
+            r"(?P<path>.+?)(?:\.processor)?\.(?P<part>to_(?:q|k|v|out)_lora)\.alpha",
+            r"(?P<path>.+)\.alpha",
+        ),
+    )
 )
-_ALPHA = re.compile(r"(?P<path>.+?)(?P<processor>(?:\.processor)?\.to_(?P<part>q|k|v|out)_lora)?\.alpha")
 _OTHERS = {
     "lora_magnitude_vector": "DoRA, whose update is not low-rank by itself",
     "dora_scale": "DoRA, whose update is not low-rank by itself",
@@ -50,7 +66,7 @@ def recognises(path: Path) -> bool:
     """A .safetensors file, or a folder with the usual one, with low-rank factors under any spelling of diffusers'."""
     names = header_names(path)
     return not any(name.startswith("base_model.") for name in names) and (
-        cloneofsimo.recognises(names) or any(_TENSOR.fullmatch(name) for name in names)
+        cloneofsimo.recognises(names) or any(_meaning(name) for name in names if name.endswith(".weight"))
     )
 
 
@@ -73,11 +89,7 @@ def write(adapter: Adapter, path: Path, context: Context) -> Path:
         tensors |= {f"{name}.lora_A.weight": f.A, f"{name}.lora_B.weight": f.B}
         ranks.setdefault(name.component, {})[name.path] = f.r
     settings = {f"{c}.{key}": value for c, each in ranks.items() for key, value in _settings(each).items()}
-    header = {
-        **{key: value for key, value in adapter.metadata.items() if key not in ("format", _SETTINGS)},
-        "format": "pt",
-        _SETTINGS: json.dumps(settings, sort_keys=True),
-    }
+    header = header_of(adapter) | {_SETTINGS: json.dumps(settings, sort_keys=True)}
     write_safetensors(tensor_file(path), tensors, header)
     return tensor_file(path)
 
@@ -147,24 +159,30 @@ def read(path: Path, context: Context) -> Adapter:
     problems += pipeline.no_such_layers(absent, map(str, layers.paths) if layers is not None else ())
     if problems:
         raise AdapterFileError(f"{file}: nothing loaded:\n{bullet_list(problems)}")
-    shapes = layers.shapes if layers is not None else {}
-    in_order = {layer: factors[layer] for layer in shapes or factors if layer in factors}
-    kept = {key: value for key, value in metadata.items() if key not in ("format", _SETTINGS)}
-    return adapter_of(in_order, shapes, kept)
+    in_order = {layer: factors[layer] for layer in (layers.shapes if layers else factors) if layer in factors}
+    return adapter_of(in_order, layers.shapes if layers else None, metadata, file)
+
+
+def _meaning(name: str) -> tuple[str, str] | None:
+    """(path as it is written, A or B or alpha) of a tensor; None for what is no part of an update."""
+    match = next((match for pattern in _TENSORS if (match := pattern.fullmatch(name))), None)
+    if match is None:
+        return None
+    found = match.groupdict()
+    which = found.get("matrix") or {"down": "A", "up": "B", None: "alpha"}[found.get("side")]
+    return f"{match['path']}.{found['part']}" if "part" in found else match["path"], which
 
 
 def _by_layer(tensors: Mapping[str, torch.Tensor], problems: list[str]) -> dict[str, dict[str, torch.Tensor]]:
     """Path as it is written -> A, B and alpha."""
     parts: dict[str, dict[str, torch.Tensor]] = {}
     for key in sorted(tensors):
-        match = _TENSOR.fullmatch(key) or _ALPHA.fullmatch(key)
-        if match is None:
+        meaning = _meaning(key)
+        if meaning is None:
             other = next((what for end, what in _OTHERS.items() if end in key), "unexpected; no low-rank factor")
             problems.append(f"{key}: {other}")
             continue
-        found = match.groupdict()
-        which = found.get("matrix") or {"down": "A", "up": "B", None: "alpha"}[found.get("side")]
-        path = match["path"] + (f".to_{match['part']}_lora" if match["processor"] else "")
+        path, which = meaning
         if which in parts.setdefault(path, {}):
             problems.append(f"{key}: a second {which} of {path}")
         parts[path][which] = tensors[key]

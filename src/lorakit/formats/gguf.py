@@ -16,7 +16,7 @@ import torch
 from lorakit.adapter.value import Adapter, BaseInfo, Factors
 from lorakit.errors import AdapterFileError, FileError, bullet_list
 from lorakit.formats import gguf_container
-from lorakit.formats.codec import Context, config_of, our_metadata, read_our_metadata, whole_tensors
+from lorakit.formats.codec import Context, config_of, our_metadata, plain_layers, read_our_metadata, whole_tensors
 from lorakit.formats.gguf_names import OUTPUT, TOKEN_EMBEDDING, Names, names_of
 
 FILE = "adapter.gguf"
@@ -37,12 +37,16 @@ def recognises(path: Path) -> bool:
 
 def obstacles(adapter: Adapter, context: Context) -> list[str]:
     """Trained biases and modules, layers that llama.cpp has not or in another form, and an unknown base."""
-    problems = whole_tensors(adapter, "llama.cpp")
+    problems = whole_tensors(adapter, "llama.cpp") + plain_layers(adapter, "llama.cpp")
     try:
         names = names_of(context.base)
     except AdapterFileError as error:
         return [*problems, str(error)]
-    return problems + [problem for path, f in adapter.factors.items() if (problem := _obstacle(path, f, names))]
+    return problems + [
+        problem
+        for path, f in adapter.factors.items()
+        if f.kind not in ("attention", "experts") and (problem := _obstacle(path, f, names))
+    ]
 
 
 def _obstacle(path: str, f: Factors, names: Names) -> str | None:

@@ -12,7 +12,7 @@ Where ranks differ, alpha is the largest of them in every layer: diffusers keeps
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -21,7 +21,7 @@ from lorakit.adapter.value import Adapter, Factors
 from lorakit.errors import AdapterFileError, bullet_list
 from lorakit.files import write_safetensors
 from lorakit.formats import pipeline
-from lorakit.formats.assembly import adapter_of, header_names, read_tensors, tensor_file
+from lorakit.formats.assembly import adapter_of, header_names, header_of, read_tensors, tensor_file
 from lorakit.formats.codec import BaseFacts, Context
 from lorakit.formats.lycoris import expand
 from lorakit.formats.pipeline import FileName, Layers
@@ -33,7 +33,6 @@ _PREFIXES = {
     "text_encoder_3": ("lora_te3_",),
 }
 _LYCORIS = "lycoris_"  # before the whole path, of LyCORIS' own wrapper for any model
-_STALE = ("format", "ss_network_", "sshs_")  # metadata that no longer hold once the tensors are written anew
 
 
 def recognises(path: Path) -> bool:
@@ -72,7 +71,7 @@ def write(adapter: Adapter, path: Path, context: Context) -> Path:
         tensors[f"{name}.lora_down.weight"] = f.A.float()
         tensors[f"{name}.lora_up.weight"] = f.B.float() * (adapter.scale(layer) * f.r / alpha)
         tensors[f"{name}.alpha"] = torch.tensor(float(alpha))
-    write_safetensors(tensor_file(path), tensors, {"format": "pt", **_kept(adapter.metadata)})
+    write_safetensors(tensor_file(path), tensors, header_of(adapter))
     return tensor_file(path)
 
 
@@ -94,10 +93,6 @@ def _flat(name: FileName, *, several: bool) -> str | None:
 
 def _underscored(path: str) -> str:
     return path.replace(".", "_")
-
-
-def _kept(metadata: Mapping[str, str]) -> dict[str, str]:
-    return {key: value for key, value in metadata.items() if not key.startswith(_STALE)}
 
 
 # ---------------------------------------------------------------- reading
@@ -144,7 +139,7 @@ def read(path: Path, context: Context) -> Adapter:
     if problems:
         raise AdapterFileError(f"{file}: nothing loaded:\n{bullet_list(problems)}")
     in_order = {layer: factors[layer] for layer in layers.shapes if layer in factors}
-    return adapter_of(in_order, layers.shapes, _kept(metadata))
+    return adapter_of(in_order, layers.shapes, metadata, file)
 
 
 def _every_name(layers: Layers) -> Iterator[tuple[str, str]]:

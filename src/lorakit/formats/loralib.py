@@ -21,7 +21,7 @@ from lorakit import files
 from lorakit.adapter.value import Adapter, Factors
 from lorakit.errors import AdapterFileError, FileError, bullet_list, nearest
 from lorakit.formats import loralib_convolution
-from lorakit.formats.codec import BaseFacts, Context, config_of, our_metadata, read_our_metadata
+from lorakit.formats.codec import BaseFacts, Context, config_of, our_metadata, plain_layers, read_our_metadata
 
 FILE = "lora.safetensors"
 _TORCH = (".pt", ".pth", ".bin")
@@ -50,6 +50,7 @@ def obstacles(adapter: Adapter, context: Context) -> list[str]:
     problems = [
         f"{name}: trained whole (modules_to_save), which loralib's state dicts do not hold" for name in adapter.replaced
     ]
+    problems += plain_layers(adapter, "loralib")
     for path, f in adapter.factors.items():
         if f.kind == "convolution" and (why := loralib_convolution.obstacle(f)):
             problems.append(f"{path}: {why}")

@@ -1,33 +1,40 @@
 """PEFT's adapter folder: `adapter_config.json` and `adapter_model.safetensors`.
 
 Tensor names are `base_model.model.<path>.` and then: `lora_A.weight`, `lora_B.weight`; `lora_embedding_A`,
-`lora_embedding_B`; `base_layer.bias` or `bias` for trained biases; the module's own names for `modules_to_save`. What
-this version does not know is refused by name: a setting that is ignored may be the one that scales the update.
+`lora_embedding_B`; `base_layer.bias` or `bias` for trained biases; the module's own names for `modules_to_save`. Those
+of attentions and experts: `peft_nested`. What this version does not know is refused by name: a setting that is ignored
+may be the one that scales the update.
 """
 
 from __future__ import annotations
 
+import json
 import re
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from lorakit.adapter.config import LoRAConfig
-from lorakit.adapter.value import Adapter, BaseInfo, Factors
+from lorakit.adapter.value import Adapter, BaseInfo, Factors, Kind
 from lorakit.errors import AdapterFileError, ConfigError, FileError, bullet_list
 from lorakit.files import (
+    parse_json,
     read_json,
     read_safetensors,
     read_safetensors_header,
     write_json,
     write_safetensors,
 )
+from lorakit.formats import peft_nested
 from lorakit.formats.codec import Context, our_metadata, read_our_metadata
+from lorakit.formats.peft_nested import by_pattern
 
 CONFIG_FILE = "adapter_config.json"
 TENSOR_FILE = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
+_BESIDE = "lorakit_peft"
 _LORA_KEY = re.compile(r"(?P<path>.+)\.(?:(?P<matrix>lora_[AB])\.weight|lora_embedding_(?P<embedding>[AB]))")
 
 # adapter_config.json: what says nothing about the function of the adapter ...
@@ -47,7 +54,7 @@ _NEUTRAL = {
 # ... and what this codec reads. Any other key must hold a value that switches its feature off.
 _READ = {
     *("r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "rank_pattern", "alpha_pattern", "bias"),
-    *("modules_to_save", "layers_to_transform", "use_rslora", "init_lora_weights"),
+    *("modules_to_save", "layers_to_transform", "use_rslora", "init_lora_weights", "target_parameters"),
 }
 _OFF: tuple[Any, ...] = (None, False, {}, [], "")
 # initialisations that left the base as it was, so that the adapter means the same on it
@@ -58,6 +65,7 @@ _INIT_ON_PRISTINE_BASE = {
     "orthogonal": "orthogonal",
     "eva": "default",
 }
+_INIT_FOR_PEFT: dict[str, bool | str] = {"default": True, "gaussian": "gaussian", "orthogonal": "orthogonal"}
 
 _TASK_TYPES = {
     "ForCausalLM": "CAUSAL_LM",
@@ -85,20 +93,24 @@ def obstacles(adapter: Adapter, context: Context) -> list[str]:
 
 def write(adapter: Adapter, folder: Path, context: Context) -> Path:
     """Write both files into `folder` (created if need be), the config last; return the folder."""
-    write_safetensors(folder / TENSOR_FILE, _named_tensors(adapter), {"format": "pt", "lorakit": our_metadata(adapter)})
+    adapter = peft_nested.evened(adapter)
+    metadata = {"format": "pt", "lorakit": our_metadata(adapter), **_beside(adapter)}
+    write_safetensors(folder / TENSOR_FILE, _named_tensors(adapter), metadata)
     write_json(folder / CONFIG_FILE, _config_for_peft(adapter))
     return folder
 
 
 def _named_tensors(adapter: Adapter) -> dict[str, torch.Tensor]:
     tensors: dict[str, torch.Tensor] = {}
+    names = peft_nested.names(adapter.factors)
     for path, f in adapter.factors.items():
         if f.kind == "embedding":
             tensors |= {f"{path}.lora_embedding_A": f.A, f"{path}.lora_embedding_B": f.B}
         else:
-            tensors |= {f"{path}.lora_A.weight": _ungrouped(f), f"{path}.lora_B.weight": f.B}
+            A, B = peft_nested.flat(f) if f.kind == "experts" else (_ungrouped(f), peft_nested.halved(path, f))
+            tensors |= {f"{names[path]}.lora_A.weight": A, f"{names[path]}.lora_B.weight": B}
     for path, bias in adapter.biases.items():
-        tensors[f"{path}.base_layer.bias" if path in adapter.factors else f"{path}.bias"] = bias
+        tensors[peft_nested.bias_name(path, adapter.factors)] = bias
     return {_PREFIX + name: tensor for name, tensor in (tensors | dict(adapter.replaced)).items()}
 
 
@@ -124,11 +136,9 @@ def _config_for_peft(adapter: Adapter) -> dict[str, Any]:
         "auto_mapping": None,
         "base_model_name_or_path": (base.published or base.name) if base else None,
         "bias": config.bias,
-        "exclude_modules": config.to_dict()["exclude_modules"],
         "fan_in_fan_out": architecture.startswith("GPT2"),
         "inference_mode": True,
-        "init_lora_weights": True if config.init == "default" else config.init,
-        "layers_to_transform": config.to_dict()["layers"],
+        "init_lora_weights": _INIT_FOR_PEFT[config.init],
         "lora_alpha": int(config.alpha) if config.alpha == int(config.alpha) else config.alpha,
         "lora_dropout": config.dropout,
         "modules_to_save": list(config.modules_to_save) or None,
@@ -137,10 +147,10 @@ def _config_for_peft(adapter: Adapter) -> dict[str, Any]:
         "rank_pattern": ranks,
         "alpha_pattern": alphas,
         "revision": None,
-        "target_modules": config.to_dict()["target_modules"],
         "task_type": next((task for end, task in _TASK_TYPES.items() if architecture.endswith(end)), None),
         "use_dora": False,
         "use_rslora": config.scaling == "rslora",
+        **peft_nested.settings(adapter),
     }
 
 
@@ -150,16 +160,28 @@ def _patterns(adapter: Adapter) -> tuple[dict[str, int], dict[str, float]]:
     """
     config = adapter.config
     ranks, alphas = dict(config.rank_pattern), dict(config.alpha_pattern)
-    wrong_r = {re.escape(p): f.r for p, f in adapter.factors.items() if by_pattern(ranks, p, config.r) != f.r}
-    wrong_alpha = {
-        re.escape(p): f.alpha for p, f in adapter.factors.items() if by_pattern(alphas, p, config.alpha) != f.alpha
-    }
+    wrong_r, wrong_alpha = {}, {}
+    for path, f in adapter.factors.items():
+        known_as = peft_nested.attention_of(path, f.kind)
+        ends = peft_nested.exactly(known_as, f.kind)
+        if by_pattern(ranks, path, by_pattern(ranks, known_as, config.r)) != f.r:
+            wrong_r[ends] = f.r
+        if by_pattern(alphas, path, by_pattern(alphas, known_as, config.alpha)) != f.alpha:
+            wrong_alpha[ends] = f.alpha
     return wrong_r | ranks, wrong_alpha | alphas  # the first pattern that matches counts, so whole paths come first
 
 
-def by_pattern(patterns: dict[str, Any], path: str, otherwise: float) -> float:
-    """The value of the first pattern that means `path`, as PEFT reads them."""
-    return next((value for key, value in patterns.items() if re.fullmatch(rf"(.*\.)?({key})", path)), otherwise)
+def _beside(adapter: Adapter) -> dict[str, str]:
+    """What PEFT's config has no place for, as a string for the file's header; nothing where it has."""
+    written, config = _config_for_peft(adapter), adapter.config.to_dict()
+    own = {"target_modules": config["target_modules"], "exclude_modules": config["exclude_modules"]}
+    own |= {"layers_to_transform": config["layers"], "target_parameters": config["target_parameters"] or None}
+    own |= {"lora_dropout": config["dropout"], "init_lora_weights": _INIT_FOR_PEFT[adapter.config.init]}
+    changed = {key: [written[key], value] for key, value in own.items() if written[key] != value}  # PEFT's, ours
+    attentions = peft_nested.input_only(adapter)
+    if not changed and not attentions:
+        return {}
+    return {_BESIDE: json.dumps({"config": changed, "attentions": attentions}, sort_keys=True)}
 
 
 # ---------------------------------------------------------------- reading
@@ -184,11 +206,20 @@ def read(path: Path, context: Context) -> Adapter:
         tensors, metadata = read_safetensors(tensor_file)
     except FileError as error:
         raise AdapterFileError(str(error)) from error
-    config = read_config(values, folder / CONFIG_FILE)
+    known, attentions = _read_beside(metadata, tensor_file)
+    written = values if isinstance(values, dict) else {}
+    # where somebody has changed a setting since, it counts
+    own = {key: ours for key, (theirs, ours) in known.items() if written.get(key) == theirs}
+    config = read_config(written | own or values, folder / CONFIG_FILE)
     base, extra = read_our_metadata(metadata.get("lorakit"), tensor_file)
     if base is None and values.get("base_model_name_or_path"):
         base = BaseInfo(name=values["base_model_name_or_path"], architecture="", dtype="", structure="", samples=())
-    return _sort_tensors(tensors, config, tensor_file, base, extra)
+    parameters = tuple(written.get("target_parameters") or ())
+    adapter = _sort_tensors(tensors, config, tensor_file, parameters=parameters, attentions=attentions)
+    adapter = replace(adapter, base=base, metadata=extra)
+    if not peft_nested.adds_twice(values.get("peft_version")):
+        return adapter
+    return replace(adapter, factors=peft_nested.doubled(adapter.factors))
 
 
 def base_name(folder: Path) -> str | None:
@@ -258,19 +289,44 @@ def read_config(values: Any, where: Path | str) -> LoRAConfig:
                 init=_INIT_ON_PRISTINE_BASE[init],  # type: ignore[arg-type]
                 bias=values.get("bias", "none"),
                 modules_to_save=tuple(values.get("modules_to_save") or ()),
+                target_parameters=values.get("target_parameters") or (),
             )
         except (ConfigError, TypeError) as error:
             problems.append(str(error))
     raise AdapterFileError(f"{where}: cannot be used:\n{bullet_list(problems)}")
 
 
+def _read_beside(metadata: dict[str, str], where: Path) -> tuple[dict[str, tuple[Any, Any]], tuple[str, ...]]:
+    """Undo `_beside`: setting -> (PEFT's value, ours), and the attentions of which the output is left alone."""
+    if _BESIDE not in metadata:
+        return {}, ()
+    try:
+        beside = parse_json(metadata[_BESIDE], f"{where} ({_BESIDE} metadata)")
+        return {key: (theirs, ours) for key, (theirs, ours) in beside["config"].items()}, tuple(beside["attentions"])
+    except (FileError, KeyError, TypeError, ValueError, AttributeError) as error:
+        raise AdapterFileError(f"{where}: its {_BESIDE} metadata is damaged: {error}") from None
+
+
 def _sort_tensors(
-    tensors: dict[str, torch.Tensor], config: LoRAConfig, where: Path, base: BaseInfo | None, metadata: dict[str, str]
+    tensors: dict[str, torch.Tensor],
+    config: LoRAConfig,
+    where: Path,
+    *,
+    parameters: tuple[str, ...],
+    attentions: tuple[str, ...],
 ) -> Adapter:
-    """Give every tensor its place in the value, or say that it has none."""
+    """Give every tensor its place in the value, or say that it has none.
+
+    Args:
+        tensors: by their names in the file.
+        config: as read.
+        where: named in errors.
+        parameters: `target_parameters` as PEFT knows them.
+        attentions: those of which the input projection alone is in the file.
+    """
     problems: list[str] = []
     pairs: dict[str, dict[str, torch.Tensor]] = {}
-    kinds: dict[str, Literal["matrix", "embedding", "convolution"]] = {}
+    embeddings: set[str] = set()
     biases: dict[str, torch.Tensor] = {}
     replaced: dict[str, torch.Tensor] = {}
     saved = re.compile("|".join(rf"(?:.*\.)?{re.escape(name)}\..+" for name in config.modules_to_save) or r"(?!)")
@@ -279,32 +335,49 @@ def _sort_tensors(
         if name == key:
             problems.append(f"{key}: does not begin with {_PREFIX!r}")
         elif match := _LORA_KEY.fullmatch(name):
-            path, letter = match["path"], (match["matrix"] or match["embedding"])[-1]
-            pairs.setdefault(path, {})[letter] = tensors[key]
-            kinds[path] = "embedding" if match["embedding"] else "convolution" if tensors[key].ndim > 2 else "matrix"
+            pairs.setdefault(match["path"], {})[(match["matrix"] or match["embedding"])[-1]] = tensors[key]
+            if match["embedding"]:
+                embeddings.add(match["path"])
         elif saved.fullmatch(name):
             replaced[name] = tensors[key]
-        elif name.endswith(".bias") and config.bias != "none":
-            biases[name.removesuffix(".bias").removesuffix(".base_layer")] = tensors[key]
+        elif name.endswith("bias") and config.bias != "none":
+            biases[peft_nested.path_of_bias(name)] = tensors[key]
         else:
             problems.append(f"{key}: unexpected; no low-rank factor, and not named by bias or modules_to_save")
+    rows = {name: len(pair.get("A", ())) for name, pair in pairs.items()}
+    places = peft_nested.paths(rows, config, parameters, attentions, problems)
     factors = {}
-    for path, pair in pairs.items():
+    for name, pair in pairs.items():
         if len(pair) == 1:
-            problems.append(f"{path}: lora_{'B' if 'A' in pair else 'A'} is missing")
-            continue
-        A, B = pair["A"], pair["B"]
-        if kinds[path] == "convolution":
-            A = _grouped(A, B)
-        expected = int(by_pattern(config.rank_pattern, path, config.r))
-        if A.shape[0] != expected:
-            problems.append(
-                f"{path}: rank {A.shape[0]} in the tensors, {expected} in the config, so its scale is unknown"
-            )
-        factors[path] = Factors(A=A, B=B, alpha=by_pattern(config.alpha_pattern, path, config.alpha), kind=kinds[path])
+            problems.append(f"{name}: lora_{'B' if 'A' in pair else 'A'} is missing")
+        elif name in places:
+            path, kind = places[name]
+            kind = "embedding" if name in embeddings else "convolution" if pair["A"].ndim > 2 else kind
+            factors[path] = _factors(pair["A"], pair["B"], path, kind, config, problems)
     if problems:
         raise AdapterFileError(f"{where}: nothing loaded:\n{bullet_list(problems)}")
-    return Adapter(config=config, factors=factors, biases=biases, replaced=replaced, base=base, metadata=metadata)
+    return Adapter(config=config, factors=factors, biases=biases, replaced=replaced)
+
+
+def _factors(
+    A: torch.Tensor, B: torch.Tensor, path: str, kind: Kind, config: LoRAConfig, problems: list[str]
+) -> Factors:
+    """Factors as a value has them; where the rank is not the config's, `problems` says so."""
+    known_as = peft_nested.attention_of(path, kind)
+    expected = peft_nested.rank(config, known_as)
+    alpha = by_pattern(config.alpha_pattern, known_as, config.alpha)
+    if kind == "experts":
+        pair = peft_nested.stacked(A, B, expected)
+        if pair is None:
+            problems.append(
+                f"{path}: A {tuple(A.shape)} and B {tuple(B.shape)} are no stacks of rank {expected}, the config's"
+            )
+        return Factors(A=(pair or (A, B))[0], B=(pair or (A, B))[1], alpha=alpha, kind=kind)
+    if kind == "convolution":
+        A = _grouped(A, B)
+    if A.shape[0] != expected:
+        problems.append(f"{path}: rank {A.shape[0]} in the tensors, {expected} in the config, so its scale is unknown")
+    return Factors(A=A, B=B, alpha=alpha, kind=kind)
 
 
 def _grouped(A: torch.Tensor, B: torch.Tensor) -> torch.Tensor:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 from lorakit.adapter.value import Adapter
 from lorakit.errors import nearest
-from lorakit.formats.codec import BaseFacts
+from lorakit.formats.codec import BaseFacts, whole_tensors
 
 COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3")
 
@@ -27,6 +27,8 @@ _ALONE = {
     "transformer": re.compile(r"(transformer_blocks|single_transformer_blocks)\..+"),
     "text_encoder": re.compile(r"(text_model\.)?encoder\.layers\.\d+\.(self_attn|mlp)\..+"),
 }
+# what language models call `transformer`, which is no component of a pipeline
+_LANGUAGE_MODEL = re.compile(r"transformer\.((h|layer)\.\d+\..+|w[tp]e)")
 _FLATTENED = re.compile(r"(embeddings|encoder\.layers|final_layer_norm)(\..+)?")
 
 
@@ -51,6 +53,8 @@ def split(name: str, alone: str | None) -> FileName | None:
     Returns:
         None where the path belongs to no component.
     """
+    if _LANGUAGE_MODEL.fullmatch(name):
+        return None
     first, _, rest = name.partition(".")
     component = first if first in COMPONENTS and rest else alone
     if component is None:
@@ -120,10 +124,10 @@ def obstacles(adapter: Adapter, base: BaseFacts | None) -> list[str]:
     else:
         problems += [f"{path}: of no component of a diffusion pipeline" for path in strange]
     for path, f in adapter.factors.items():
-        if f.kind == "embedding":
+        if f.kind in ("attention", "experts"):
+            problems.append(f"{path}: the update of {'a MultiheadAttention' if f.kind == 'attention' else 'experts'}")
+        elif f.kind == "embedding":
             problems.append(f"{path}: the update of an embedding")
         elif f.B.ndim > 1 and f.B.shape[1] != f.r:
             problems.append(f"{path}: the update of a grouped convolution")
-    problems += [f"{path}.bias: a trained bias" for path in adapter.biases]
-    problems += [f"{name}: trained whole (modules_to_save)" for name in adapter.replaced]
-    return problems
+    return problems + whole_tensors(adapter, "a tool for diffusion models")

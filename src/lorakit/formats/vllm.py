@@ -15,7 +15,7 @@ from pathlib import Path
 from lorakit import files
 from lorakit.adapter.value import Adapter
 from lorakit.formats import peft
-from lorakit.formats.codec import Context, whole_tensors
+from lorakit.formats.codec import Context, plain_layers, whole_tensors
 
 COMMAND_FILE = "vllm-serve.txt"
 MAX_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
@@ -29,7 +29,7 @@ def recognises(path: Path) -> bool:
 
 def obstacles(adapter: Adapter, context: Context) -> list[str]:
     """Trained biases and modules, layers that are neither linear nor the token embedding, and large ranks."""
-    problems = whole_tensors(adapter, "vLLM")
+    problems = whole_tensors(adapter, "vLLM") + plain_layers(adapter, "vLLM")
     for path, f in adapter.factors.items():
         if f.kind == "convolution":
             problems.append(f"{path}: a convolution, which vLLM does not adapt")
@@ -51,7 +51,10 @@ def write(adapter: Adapter, folder: Path, context: Context) -> Path:
 def serve_command(adapter: Adapter, folder: Path, context: Context) -> str:
     """The command that serves the adapter in `folder` under the folder's name, beside its base."""
     known_as = (adapter.base.published or adapter.base.name) if adapter.base else None
-    base = shlex.quote(context.base_reference or known_as or "BASE_MODEL")
+    reference = context.base_reference
+    if reference is None or (reference.endswith(".gguf") and known_as):  # vLLM takes no adapters on a GGUF file
+        reference = known_as or "BASE_MODEL"
+    base = shlex.quote(reference)
     rank = next(limit for limit in MAX_RANKS if limit >= max(f.r for f in adapter.factors.values()))
     folder = folder.absolute()
     module = shlex.quote(f"{folder.name}={folder}")

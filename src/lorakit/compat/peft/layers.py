@@ -19,9 +19,10 @@ from lorakit.compat.peft import views
 from lorakit.compat.peft.errors import PeftValueError
 from lorakit.core import lowrank
 from lorakit.core.active import ActiveState, Route
+from lorakit.core.attention import AdaptedAttention
 from lorakit.core.deltas import LayerUpdate, LoRA, Replacement
-from lorakit.core.layer import AdaptedLayer, AdaptedModule, ReplacedContainer, ReplacedModule
-from lorakit.core.sites import TransposedLinearSite
+from lorakit.core.layer import AdaptedLayer, AdaptedModule, ReplacedContainer, ReplacedModule, base_modules, bias_name
+from lorakit.core.sites import Site, TransposedLinearSite
 
 FACTORS = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
 
@@ -169,6 +170,10 @@ class BaseTunerLayer(AdaptedModule):
         for theirs, ours in list(self.key_map()):
             if prefix + theirs in state_dict:
                 state_dict[prefix + ours] = state_dict.pop(prefix + theirs)
+        for child in self._modules:
+            inside = f"{prefix}base_layer.{child}."
+            for key in [key for key in state_dict if key.startswith(inside)]:
+                state_dict[f"{prefix}{child}.{key.removeprefix(inside)}"] = state_dict.pop(key)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
@@ -176,8 +181,10 @@ def _routed(state: PeftState) -> bool:
     return isinstance(state.current(), Route)
 
 
-class LoraLayer(BaseTunerLayer, AdaptedLayer):
-    """An adapted layer with PEFT's attributes."""
+class LoraLayer(BaseTunerLayer):
+    """What a layer with low-rank updates has of PEFT's attributes."""
+
+    lorakit_site: Site | None
 
     in_features = views.Width(1)
     out_features = views.Width(0)
@@ -200,10 +207,10 @@ class LoraLayer(BaseTunerLayer, AdaptedLayer):
 
     def key_map(self) -> Iterator[tuple[str, str]]:
         """(PEFT's, our) tensor names."""
-        base = "base_layer." if self.loras() else ""
+        base = self.bias_key().removesuffix(bias_name(self))
         trained = self._trained_bias()
         for name in self._parameters:
-            slot = trained[0] if name == "bias" and trained else None
+            slot = trained[0] if name == bias_name(self) and trained else None
             yield base + name, name if slot is None else f"lorakit_updates.{slot}.bias"
         names = self.lorakit_state.names
         for slot, update in self.lorakit_updates.items():
@@ -227,9 +234,13 @@ class LoraLayer(BaseTunerLayer, AdaptedLayer):
                 return slot, bias
         return None
 
+    def bias_key(self) -> str:
+        """Where PEFT has the bias that is trained here."""
+        return ("base_layer." if self.loras() or isinstance(self, LoraAttention) else "") + bias_name(self)
+
     def _with_trained_bias(self) -> nn.Module:
         trained = self._trained_bias()
-        return self.as_base() if trained is None else self.as_base(bias=trained[1])
+        return self.as_base() if trained is None else self.as_base(**{bias_name(self): trained[1]})
 
     def _factors(self, letter: str) -> views.ByName:
         """A or B by adapter name; each view is made once and follows its LoRA."""
@@ -331,8 +342,9 @@ class LoraLayer(BaseTunerLayer, AdaptedLayer):
 
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
         """The dense update of one adapter, scale included, in the layout and dtype of the layer's weight."""
-        lora, weight = self.loras()[adapter], self.get_parameter("weight")
+        lora = self.loras()[adapter]
         assert self.lorakit_site is not None, "a layer with a LoRA has a site"
+        weight = self.get_parameter(self.lorakit_site.weight_name)
         return lora.dense(self.lorakit_site).to(weight)
 
     # ------------------------------------------------------------ scale
@@ -370,6 +382,22 @@ class LoraLayer(BaseTunerLayer, AdaptedLayer):
     def unmerge(self) -> None:
         """As `merge`."""
         self.merge()
+
+
+class LoraAdapted(LoraLayer, AdaptedLayer):
+    """An adapted layer with PEFT's attributes."""
+
+
+class LoraAttention(LoraLayer, AdaptedAttention):
+    """An adapted MultiheadAttention with PEFT's attributes: they are of the input projection, and `out_proj`, adapted
+    itself, is found in `base_layer`.
+    """
+
+    def parts(self) -> Iterator[tuple[str, nn.Module]]:
+        """As a layer's, whether or not the input projection has an update."""
+        yield "base_layer", self._with_trained_bias()
+        for name in ("lora_dropout", *FACTORS):
+            yield name, getattr(self, name)
 
 
 class AuxiliaryTrainingWrapper(BaseTunerLayer):
@@ -428,16 +456,20 @@ ModulesToSaveWrapper.container = _WrappedContainer
 def key_map(model: nn.Module, adapter: str) -> Mapping[str, str]:
     """Every tensor of an adapter: name in the model (PEFT's) -> name in files (without the adapter's)."""
     found: dict[str, str] = {}
-    for path, module in model.named_modules():
+    inside: dict[str, str] = {}  # of an attention -> where PEFT has what is in it
+    for own_path, module in base_modules(model):
+        parent, _, last = own_path.rpartition(".")
+        path = f"{inside[parent]}.{last}" if parent in inside else own_path
+        if isinstance(module, LoraAttention):
+            inside[own_path] = f"{path}.base_layer"
         if isinstance(module, LoraLayer) and adapter in module.here():
             if adapter in module.loras():
                 for letter in "AB":
                     key = module._factor_key(letter, adapter)
                     found[f"{path}.{key}"] = f"{path}.{key.replace(f'.{adapter}', '', 1)}"
-            trained = module._trained_bias()
-            if trained is not None:
-                name = f"{path}.base_layer.bias" if module.loras() else f"{path}.bias"
-                found[name] = name
+            if module._trained_bias() is not None:
+                name = module.bias_key()
+                found[f"{path}.{name}"] = f"{path}.{name}"
         elif isinstance(module, ModulesToSaveWrapper) and adapter in module.copies():
             for name in module.copies()[adapter].state_dict():
                 found[f"{path}.modules_to_save.{adapter}.{name}"] = f"{path}.{name}"

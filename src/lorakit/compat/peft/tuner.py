@@ -23,8 +23,16 @@ from lorakit.adapter.value import Adapter
 from lorakit.compat.peft.config import LoraConfig, PeftConfig
 from lorakit.compat.peft.draws import draw
 from lorakit.compat.peft.errors import PeftValueError, UnsupportedError
-from lorakit.compat.peft.layers import BaseTunerLayer, LoraLayer, ModulesToSaveWrapper, PeftState
+from lorakit.compat.peft.layers import (
+    BaseTunerLayer,
+    LoraAdapted,
+    LoraAttention,
+    LoraLayer,
+    ModulesToSaveWrapper,
+    PeftState,
+)
 from lorakit.core.active import NOTHING, Selection
+from lorakit.core.attention import AdaptedAttention
 from lorakit.core.deltas import LoRA
 from lorakit.core.layer import AdaptedLayer, AdaptedModule, ReplacedModule, base_parameters
 from lorakit.core.sites import site_of
@@ -45,7 +53,8 @@ class PeftAdapters(AttachedAdapters):
 
     state_class = PeftState
     dressed: ClassVar[Mapping[type[AdaptedModule], type[AdaptedModule]]] = {
-        AdaptedLayer: LoraLayer,
+        AdaptedLayer: LoraAdapted,
+        AdaptedAttention: LoraAttention,
         ReplacedModule: ModulesToSaveWrapper,
     }
 

@@ -49,7 +49,7 @@ class AdaptedModule(nn.Module):
         hooks; `replaced` parameters stand in place of its own.
         """
         base = type(self).__bases__[1]
-        view = cast("nn.Module", base.__new__(base))
+        view = cast("nn.Module", object.__new__(base))
         view.__dict__.update({k: v for k, v in self.__dict__.items() if not k.startswith("lorakit_")})
         view.__dict__["_modules"] = {k: v for k, v in self._modules.items() if k != "lorakit_updates"}
         if replaced:

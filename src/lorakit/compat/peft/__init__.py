@@ -1,13 +1,10 @@
-"""PEFT's names over lorakit: `from lorakit.compat.peft import LoraConfig, get_peft_model` in place of `from peft import ...`.
+"""PEFT's names over lorakit: `from lorakit.compat.peft import ...` in place of `from peft import ...`.
 
 LoRA only; what else PEFT has raises `UnsupportedError`. Where this facade does something else than PEFT, because PEFT
 is silently wrong there or because lorakit adapts layers in their place, docs/compat.md says so.
 """
 
-from lorakit.compat.peft.config import LoraConfig, PeftConfig, PeftType, TaskType
-from lorakit.compat.peft.errors import MismatchError, PeftValueError, UnsupportedError
-from lorakit.compat.peft.files import load_peft_weights
-from lorakit.compat.peft.functions import (
+from lorakit.compat.peft.auto import (
     AutoPeftModel,
     AutoPeftModelForCausalLM,
     AutoPeftModelForFeatureExtraction,
@@ -15,6 +12,11 @@ from lorakit.compat.peft.functions import (
     AutoPeftModelForSeq2SeqLM,
     AutoPeftModelForSequenceClassification,
     AutoPeftModelForTokenClassification,
+)
+from lorakit.compat.peft.config import LoraConfig, PeftConfig, PeftType, TaskType
+from lorakit.compat.peft.errors import MismatchError, PeftValueError, UnsupportedError
+from lorakit.compat.peft.files import load_peft_weights
+from lorakit.compat.peft.functions import (
     get_base_model_state_dict,
     get_peft_model,
     get_peft_model_state_dict,

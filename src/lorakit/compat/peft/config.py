@@ -40,11 +40,8 @@ class PeftType(enum.StrEnum):
 # model_type -> names adapted where a config names none (PEFT's choice: attention's query and value, mostly)
 DEFAULT_TARGETS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("t5", "mt5"), ("q", "v")),
-    **dict.fromkeys(
-        ("bart", "opt", "gptj", "gpt_neo", "llama", "llama4", "mistral", "mixtral", "stablelm", "gemma", "gemma2")
-        + ("gemma3_text", "qwen2", "qwen3"),
-        ("q_proj", "v_proj"),
-    ),
+    **dict.fromkeys(("bart", "opt", "gptj", "gpt_neo", "llama", "llama4", "mistral", "mixtral"), ("q_proj", "v_proj")),
+    **dict.fromkeys(("stablelm", "gemma", "gemma2", "gemma3_text", "qwen2", "qwen3"), ("q_proj", "v_proj")),
     **dict.fromkeys(("bert", "roberta", "xlm-roberta", "electra", "layoutlm"), ("query", "value")),
     **dict.fromkeys(("gpt2", "gpt_bigcode"), ("c_attn",)),
     **dict.fromkeys(("bloom", "gpt_neox", "chatglm", "falcon"), ("query_key_value",)),

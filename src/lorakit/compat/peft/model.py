@@ -15,6 +15,7 @@ from lorakit.compat.peft.card import write_model_card
 from lorakit.compat.peft.config import LoraConfig, PeftConfig
 from lorakit.compat.peft.errors import MismatchError, PeftValueError, UnsupportedError
 from lorakit.compat.peft.files import adapter_folder, read_adapter
+from lorakit.compat.peft.mixed import generate, routed
 from lorakit.compat.peft.tuner import LoraModel
 from lorakit.core.layer import base_modules
 from lorakit.errors import AdapterMismatchError
@@ -145,59 +146,12 @@ class PeftModel(nn.Module):
             adapter_names: one a row of the batch, "__base__" for none; None: the active adapters for all rows.
             **kwargs: the model's.
         """
-        with self._routed(adapter_names, args, kwargs):
+        with routed(self.base_model, adapter_names, args, kwargs):
             return self.base_model(*args, **kwargs)
 
     def generate(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
         """The model's `generate`; `adapter_names` as in `forward`, one a prompt, whatever the number of beams."""
-        model: Any = self.get_base_model()
-        if adapter_names is None:
-            return model.generate(*args, **kwargs)
-        copies = self._rows_per_prompt(kwargs)
-        if copies > 1 and getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-            with self._routed(adapter_names, args, kwargs):  # the encoder sees each prompt once
-                encoder = model.get_encoder()
-                inputs = {name: kwargs[name] for name in ("input_ids", "attention_mask") if name in kwargs}
-                kwargs["encoder_outputs"] = encoder(*args, **inputs, return_dict=True)
-        repeated = [name for name in adapter_names for _ in range(copies)]
-        with self._routed(repeated, args, kwargs, copies):
-            return model.generate(*args, **kwargs)
-
-    def _rows_per_prompt(self, kwargs: dict[str, Any]) -> int:
-        config: Any = kwargs.get("generation_config") or getattr(self.get_base_model(), "generation_config", None)
-        beams = kwargs.get("num_beams", getattr(config, "num_beams", None)) or 1
-        sequences = kwargs.get("num_return_sequences", getattr(config, "num_return_sequences", None)) or 1
-        return int(max(beams, sequences))
-
-    @contextlib.contextmanager
-    def _routed(
-        self, names: Sequence[str] | None, args: tuple[Any, ...], kwargs: dict[str, Any], copies: int = 1
-    ) -> Iterator[None]:
-        if names is None:
-            yield
-            return
-        if self.training:
-            raise PeftValueError("Cannot pass `adapter_names` when the model is in training mode.")
-        if self.base_model.handle.state.merged:
-            raise PeftValueError(
-                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
-            )
-        unknown = sorted({*names} - {*self.peft_config, "__base__"})
-        if unknown:
-            raise PeftValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
-        batch = next((v for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor) and v.ndim), None)
-        if batch is not None and len(batch) * copies != len(names):
-            raise PeftValueError(
-                "Length of `adapter_names` should be the same as the number of inputs, but got "
-                f"{len(names) // copies} and {len(batch)} respectively."
-            )
-        if self.base_model.handle.state.off or (
-            self.base_model.handle.state.in_block and not self.has_active_enabled_adapter
-        ):
-            yield  # switched off: the base for every row
-            return
-        with self.base_model.handle.route([None if name == "__base__" else name for name in names]):
-            yield
+        return generate(self.base_model, adapter_names, args, kwargs)
 
     # ------------------------------------------------------------ numbers
 
@@ -273,7 +227,8 @@ class PeftModel(nn.Module):
         unknown = [name for name in selected_adapters or () if name not in self.peft_config]
         if unknown:
             raise PeftValueError(
-                f"You passed an invalid `selected_adapters` arguments, there are {list(self.peft_config)} - got {unknown}"
+                f"You passed an invalid `selected_adapters` arguments, there are {list(self.peft_config)} - got "
+                f"{unknown}"
             )
         if not is_main_process:
             return

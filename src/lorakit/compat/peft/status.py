@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from torch import nn
 
 from lorakit.compat.peft.errors import PeftValueError
-from lorakit.compat.peft.layers import BaseTunerLayer, LoraLayer
+from lorakit.compat.peft.layers import BaseTunerLayer
+from lorakit.compat.peft.lora_layers import LoraLayer
 from lorakit.compat.peft.model import PeftModel
 from lorakit.core.deltas import LayerUpdate, Replacement, trainable
 from lorakit.core.layer import base_modules

@@ -1,8 +1,4 @@
-"""`LoraModel`: PEFT's tuner, that is a model with its adapters, over lorakit's handle.
-
-PEFT's view of which adapters are active, switched off or merged is kept here; what that means for a forward pass is
-lorakit's.
-"""
+"""`LoraModel`: PEFT's tuner, that is a model with its adapters and their configs, over lorakit's handle."""
 
 from __future__ import annotations
 
@@ -10,182 +6,23 @@ import contextlib
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
-from typing import Any, ClassVar, Self, cast
+from typing import Any, Self
 
 import torch
 from torch import nn
 
-from lorakit.adapter.attach import AttachedAdapters
-from lorakit.adapter.config import LoRAConfig
-from lorakit.adapter.folding import Exchange
 from lorakit.adapter.value import Adapter
+from lorakit.compat.peft.combining import Request
 from lorakit.compat.peft.config import LoraConfig, PeftConfig
 from lorakit.compat.peft.draws import draw
 from lorakit.compat.peft.errors import PeftValueError, UnsupportedError
-from lorakit.compat.peft.layers import (
-    BaseTunerLayer,
-    LoraAdapted,
-    LoraAttention,
-    LoraLayer,
-    ModulesToSaveWrapper,
-    PeftState,
-)
-from lorakit.core.active import NOTHING, Selection
-from lorakit.core.attention import AdaptedAttention
+from lorakit.compat.peft.handle import PeftAdapters
+from lorakit.compat.peft.lora_layers import LoraLayer, ModulesToSaveWrapper
+from lorakit.core.active import NOTHING
 from lorakit.core.deltas import LoRA
-from lorakit.core.layer import AdaptedLayer, AdaptedModule, ReplacedModule, base_parameters
+from lorakit.core.layer import base_parameters
 from lorakit.core.sites import site_of
 from lorakit.errors import AdapterError
-
-# PEFT's combination_type -> lorakit's method; see docs/compat.md for what PEFT computes instead
-_COMBINATIONS = {
-    "cat": "cat",
-    **dict.fromkeys(("svd", "linear"), "svd"),
-    **{
-        f"{name}{end}": name for name in ("ties", "dare_linear", "dare_ties", "magnitude_prune") for end in ("", "_svd")
-    },
-}
-
-
-class PeftAdapters(AttachedAdapters):
-    """lorakit's handle, whose layers show PEFT's names."""
-
-    state_class = PeftState
-    dressed: ClassVar[Mapping[type[AdaptedModule], type[AdaptedModule]]] = {
-        AdaptedLayer: LoraAdapted,
-        AdaptedAttention: LoraAttention,
-        ReplacedModule: ModulesToSaveWrapper,
-    }
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__(model)
-        self._exchange = Exchange()
-        self._flags: list[tuple[nn.Parameter, bool]] = []
-        self.state.use = self.use
-        self._enter_model()
-
-    @property
-    def state(self) -> PeftState:
-        """What the layers share."""
-        return cast("PeftState", self._state)
-
-    def add(self, name: str, adapter: LoRAConfig | Adapter | str | Path, **options: Any) -> None:
-        """As the parent's; may be called while adapters are merged."""
-        with self.unfolded():
-            super().add(name, adapter, **options)
-            self._renew_names()
-
-    def remove(self, name: str) -> None:
-        """As the parent's; may be called while other adapters are merged."""
-        with self.unfolded():
-            for module in self._resident(name).modules.values():
-                cast("BaseTunerLayer", module).forget(name)
-            super().remove(name)
-            self._renew_names()
-
-    def _renew_names(self) -> None:
-        residents, state = self._residents, self.state
-        state.names = {resident.slot: name for name, resident in residents.items()}
-        state.rslora = {name for name, resident in residents.items() if resident.config.scaling == "rslora"}
-
-    def choose(self, names: Sequence[str]) -> None:
-        """Make `names` the active adapters, whether or not adapters are switched off for now."""
-        self.state.chosen = tuple(names)
-        self.state.everywhere = NOTHING if self.state.off else self.selection(names)
-
-    def use(self, names: str | Sequence[str], *, inference_mode: bool = False) -> None:
-        """`choose`, and let these adapters' tensors be trained (unless `inference_mode`), and no others'. Merged
-        adapters are unmerged first.
-        """
-        names = [names] if isinstance(names, str) else list(names)
-        self.refuse_same_copies(names)
-        if self.state.merged:
-            warnings.warn("Adapter cannot be set when the model is merged. Unmerging the model first.", stacklevel=3)
-            self.unfold()
-        self.choose(names)
-        for name in self.names:
-            self.train_only(name, name in names and not inference_mode)
-
-    def train_only(self, name: str, requires_grad: bool) -> None:
-        """Whether an adapter's tensors can be trained."""
-        for parameter in self.trainable_tensors(name).values():
-            parameter.requires_grad_(requires_grad)
-
-    def refuse_same_copies(self, names: Sequence[str]) -> None:
-        """Two whole copies of a module cannot be used at once.
-
-        Raises:
-            PeftValueError: names the module.
-        """
-        for path, module in self.adapted_modules().items() if len(names) > 1 else ():
-            both = [name for name in names if path in self._residents[name].modules]
-            if isinstance(module, ReplacedModule) and len(both) > 1:
-                raise PeftValueError(
-                    f"Only one adapter can be set at a time for {type(module).__mro__[1].__name__} {path}, of which "
-                    f"{' and '.join(both)} hold a copy each (modules_to_save)"
-                )
-
-    def switch(self, *, off: bool) -> None:
-        """Switch all adapters off or on."""
-        self.state.off = off
-        self.choose(self.state.chosen)
-        if off:
-            self._flags = self._flags or self.freeze()
-        else:
-            self.thaw(self._flags)
-            self._flags = []
-
-    def freeze(self) -> list[tuple[nn.Parameter, bool]]:
-        """Let no adapter be trained; what `thaw` needs to undo it."""
-        flags = [(p, True) for name in self.names for p in self.trainable_tensors(name).values() if p.requires_grad]
-        self.thaw([(parameter, False) for parameter, _ in flags])
-        return flags
-
-    def thaw(self, flags: list[tuple[nn.Parameter, bool]]) -> None:
-        """Give parameters their flags back."""
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
-
-    @contextlib.contextmanager
-    def base_alone(self) -> Iterator[None]:
-        """Within the block the model is its base, for this thread. Where gradients are recorded, no adapter asks for
-        one meanwhile.
-        """
-        with self.unfolded(), self.disabled():
-            flags = self.freeze() if torch.is_grad_enabled() else []
-            try:
-                yield
-            finally:
-                self.thaw(flags)
-
-    def selection(self, names: Sequence[str]) -> Selection:
-        """`names`, each with weight 1."""
-        return Selection(tuple((self._resident(name).slot, 1.0) for name in names))
-
-    def fold(self, names: Sequence[str]) -> None:
-        """Fold `names`, and nothing else, into the weights; the base's own parameters are kept aside."""
-        self.unfold()
-        if names:
-            self._exchange.put(self.adapted_modules(), self.selection(names))
-            self.state.merged, self.state.folded = tuple(names), True
-
-    def unfold(self) -> None:
-        """Put the base's own parameters back."""
-        self._exchange.back()
-        self.state.merged, self.state.folded = (), False
-
-    @contextlib.contextmanager
-    def unfolded(self) -> Iterator[None]:
-        """Within the block nothing is folded into the weights."""
-        merged = self.state.merged
-        if merged:
-            self.unfold()
-        try:
-            yield
-        finally:
-            if merged:
-                self.fold([name for name in merged if name in self.names])
 
 
 class LoraModel(nn.Module):
@@ -423,6 +260,7 @@ class LoraModel(nn.Module):
             return self.unload()
         self.handle.refuse_same_copies(names)
         state, before = self.handle.state, self.handle.state.everywhere
+        tied = getattr(getattr(self.model, "config", None), "tie_word_embeddings", False)
         self.handle.unfold()
         state.everywhere = self.handle.selection(names)
         try:
@@ -432,6 +270,12 @@ class LoraModel(nn.Module):
             state.everywhere = before
             self.handle.fold(merged)
             raise
+        if tied and not self.model.config.tie_word_embeddings:  # type: ignore[union-attr]
+            warnings.warn(
+                "Setting config.tie_word_embeddings=False: the adapter changed one of two tied weights, so each "
+                "has its own now",
+                stacklevel=2,
+            )
         return self._leave()
 
     def unload(self) -> nn.Module:
@@ -492,50 +336,28 @@ class LoraModel(nn.Module):
             density: share of elements kept, for ties, dare and magnitude_prune.
             majority_sign_method: "total".
         """
-        from lorakit.adapter.combine import combine
-
         if adapter_name in self.peft_config:
             return
         if svd_clamp is not None or majority_sign_method != "total":
             raise UnsupportedError("svd_clamp and majority_sign_method='frequency' are not in this version")
-        for name in adapters:
-            self._require(name)
-        if not adapters:
-            raise PeftValueError(f"Found no adapter matching the names in {adapters}")
-        if combination_type not in _COMBINATIONS:
-            raise PeftValueError(f"Invalid combination_type: {combination_type}; there are {', '.join(_COMBINATIONS)}")
-        held = [
-            module.here()
-            for module in self.handle.adapted_modules().values()
-            if isinstance(module, ModulesToSaveWrapper)
-        ]
+        configs = [self.peft_config[self._require(name)] for name in adapters]
+        self._refuse_whole_copies(adapters)
+        request = Request.of(adapters, configs, combination_type, svd_rank, density)
+        with self.handle.unfolded():
+            combined = request.combined([self.handle.extract(name) for name in adapters], weights)
+        config = LoraConfig.of(combined.config, task_type=configs[0].task_type)
+        config.base_model_name_or_path = configs[0].base_model_name_or_path
+        self.add_value(adapter_name, combined, config)
+
+    def _refuse_whole_copies(self, adapters: Sequence[str]) -> None:
+        modules = self.handle.adapted_modules().values()
+        held = [module.copies() for module in modules if isinstance(module, ModulesToSaveWrapper)]
         twice = sum(sum(name in copies for name in adapters) > 1 for copies in held)
         if twice:
             raise PeftValueError(
                 "Cannot add weighted adapters if they target the same module with modules_to_save, but found "
                 f"{twice} such instance(s)."
             )
-        configs = [self.peft_config[name] for name in adapters]
-        ranks = [max(config.r, *config.rank_pattern.values(), 0) for config in configs]
-        if len(adapters) > 1 and combination_type != "cat" and not combination_type.endswith("svd"):
-            if len(set(ranks)) > 1:
-                raise PeftValueError(
-                    f"All adapters must have the same r value for combination_type {combination_type!r} (got {ranks}); "
-                    "'cat' and the types that end in 'svd' take any"
-                )
-        rank = svd_rank or max(ranks)
-        options: dict[str, Any] = {} if combination_type == "cat" or len(adapters) == 1 else {"rank": rank}
-        if density is not None and _COMBINATIONS[combination_type] not in ("cat", "svd"):
-            options["density"] = density
-        method = "cat" if len(adapters) == 1 else _COMBINATIONS[combination_type]
-        with self.handle.unfolded():
-            values = [self.handle.extract(name) for name in adapters]
-        combined = combine(values, weights, method=method, **({} if method == "cat" else options))
-        if "rank" in options:
-            combined = _padded(combined, rank)  # where a layer is too small for it; PEFT has the same r in all
-        config = LoraConfig.of(combined.config, task_type=configs[0].task_type)
-        config.base_model_name_or_path = configs[0].base_model_name_or_path
-        self.add_value(adapter_name, combined, config)
 
     # ------------------------------------------------------------
 
@@ -543,17 +365,3 @@ class LoraModel(nn.Module):
         if name not in self.peft_config:
             raise PeftValueError(f"Adapter {name} {what} There are: {', '.join(self.peft_config) or 'none'}")
         return name
-
-
-def _padded(adapter: Adapter, rank: int) -> Adapter:
-    """The same updates at rank `rank` in every layer, by rows and columns of zeros; scale 1."""
-    factors = {}
-    for path, f in adapter.folded().factors.items():
-        more = rank - f.r
-        if more > 0 and f.B.shape[1] == f.r:
-            A = torch.cat([f.A, f.A.new_zeros(more, *f.A.shape[1:])])
-            B = torch.cat([f.B, f.B.new_zeros(f.B.shape[0], more, *f.B.shape[2:])], dim=1)
-            f = replace(f, A=A, B=B, alpha=float(rank))
-        factors[path] = f
-    config = replace(adapter.config, r=rank, alpha=float(rank), scaling="lora", rank_pattern={}, alpha_pattern={})
-    return replace(adapter, config=config, factors=factors)

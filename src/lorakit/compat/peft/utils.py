@@ -7,7 +7,7 @@ from lorakit.compat.peft.functions import (
     prepare_model_for_kbit_training,
     set_peft_model_state_dict,
 )
-from lorakit.compat.peft.layers import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+from lorakit.compat.peft.lora_layers import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 
 __all__ = [
     "AuxiliaryTrainingWrapper",

@@ -1,7 +1,7 @@
 """PEFT's containers over lorakit's tensors: `layer.lora_A["default"].weight` is the parameter that lorakit trains.
 
-A view holds no tensor of its own. It is a module, so that `named_parameters()` and `state_dict()` give PEFT's names, but
-nothing calls it in a forward pass: hooks on it do not run.
+A view holds no tensor of its own. It is a module, so that `named_parameters()` and `state_dict()` give PEFT's names,
+but nothing calls it in a forward pass: hooks on it do not run.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ class ParametersByName(nn.ParameterDict):
         self._parameters.update(parameters)
 
     def __repr__(self) -> str:
-        return f"ParametersByName({', '.join(f'({name}): {tuple(p.shape)}' for name, p in self._parameters.items() if p is not None)})"
+        shapes = [f"({name}): {tuple(p.shape)}" for name, p in self._parameters.items() if p is not None]
+        return f"ParametersByName({', '.join(shapes)})"
 
     def __getitem__(self, key: str) -> Any:
         return self._parameters[key]
@@ -47,11 +48,11 @@ class ParametersByName(nn.ParameterDict):
     def __iter__(self) -> Iterator[str]:
         return iter(self._parameters)
 
-    def keys(self) -> KeysView[str]:  # type: ignore[override]
+    def keys(self) -> KeysView[str]:
         """Adapter names."""
         return self._parameters.keys()
 
-    def items(self) -> ItemsView[str, Any]:  # type: ignore[override]
+    def items(self) -> ItemsView[str, Any]:
         """(adapter name, parameter)."""
         return self._parameters.items()
 
@@ -93,7 +94,7 @@ class Dropout(nn.Dropout):
         self.inplace = False
 
     @property
-    def p(self) -> float:  # type: ignore[override]
+    def p(self) -> float:
         """Probability."""
         return self.source[0].dropout
 

@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import nn
@@ -126,11 +126,20 @@ def base_only(model: nn.Module) -> Iterator[None]:
 
 
 class AttachedAdapters:
-    """All adapters of one model, by name. Made by `attach`; `adapters(model)` finds it again."""
+    """All adapters of one model, by name. Made by `attach`; `adapters(model)` finds it again.
+
+    Attributes:
+        state_class: of what all adapted layers share.
+        dressed: class an adapted module is given -> a subclass of it to give instead, on which a facade shows its own
+        names.
+    """
+
+    state_class: ClassVar[type[ActiveState]] = ActiveState
+    dressed: ClassVar[Mapping[type[AdaptedModule], type[AdaptedModule]]] = {}
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self._state = ActiveState()
+        self._state = self.state_class()
         self._residents: dict[str, _Resident] = {}
         self._slots = 0
         self._base_flags: list[tuple[nn.Parameter, bool]] = []
@@ -567,7 +576,8 @@ class AttachedAdapters:
             update = held[path]
             site = site_of(module)
             device = next(module.parameters()).device
-            adapted = adapt(module, mixin_for(module, update), self._state)
+            mixin = mixin_for(module, update)
+            adapted = adapt(module, self.dressed.get(mixin, mixin), self._state)
             if isinstance(adapted, AdaptedLayer | AdaptedAttention):
                 adapted.lorakit_site = site
             adapted.lorakit_batch_dim = batch_dim_inside(modules.get(path.rpartition(".")[0]))

@@ -80,9 +80,9 @@ class LoRAConfig(Config):
     delta: Literal["lora"] = "lora"
     """How the update is parametrised."""
 
-    init: Annotated[Literal["default", "gaussian", "orthogonal"], _TRUE_IS_DEFAULT] = "default"
+    init: Annotated[Literal["default", "gaussian", "orthogonal", "random"], _TRUE_IS_DEFAULT] = "default"
     """default: A uniform(+-1/sqrt(fan_in)), B zero. gaussian: A normal(0, 1/r), B zero. orthogonal: A and B from one
-    orthogonal r x r matrix (r even).
+    orthogonal r x r matrix (r even). random: B like A, so that the update is not zero from the start; for tests.
     """
 
     bias: Literal["none", "all", "lora_only"] = "none"

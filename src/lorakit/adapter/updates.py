@@ -15,7 +15,7 @@ from lorakit.core import initializers, lowrank
 from lorakit.core.attention import AdaptedAttention
 from lorakit.core.deltas import LayerUpdate, LoRA, Replacement, StackedUpdate, TokenRows
 from lorakit.core.experts import AdaptedExperts
-from lorakit.core.layer import AdaptedLayer, AdaptedModule, ReplacedModule, bias_name, restore
+from lorakit.core.layer import AdaptedLayer, AdaptedModule, ReplacedModule, bias_name
 from lorakit.core.sites import CONVOLUTION, EMBEDDING
 from lorakit.core.weights import base_weight_of
 from lorakit.errors import ConfigError
@@ -35,8 +35,9 @@ def expected_shapes(adapter: Adapter, targets: Targets, modules: Mapping[str, nn
         dim = modules[path].get_parameter("weight").shape[1]
         shapes[f"{path}.tokens"] = (len(adapter.config.trainable_tokens), dim)
     for path in targets.replaced:
-        own = modules[path].state_dict()
-        shapes |= {f"{path}.{key}": tuple(t.shape) for key, t in own.items() if "lorakit_updates." not in key}
+        module = modules[path]
+        own = (module.as_base() if isinstance(module, AdaptedModule) else module).state_dict()
+        shapes |= {f"{path}.{key}": tuple(tensor.shape) for key, tensor in own.items()}
     return shapes
 
 
@@ -80,8 +81,8 @@ def _fresh_lora(config: LoRAConfig, target: Target, seed: int) -> LoRA:
     base_weight_of(target.module, target.path, target.site.weight_name)  # refuses a storage that cannot be read
     shape_A, shape_B = target.site.shapes(target.module, target.r, target.path)
     # an embedding looks up columns of A: its default starts with A zero, so that no rare token begins with a random row
-    by_default = initializers.zero_A if target.site is EMBEDDING else initializers.default
-    initializer = by_default if config.init == "default" else initializers.INITIALIZERS[config.init]
+    by_name = initializers.FOR_EMBEDDINGS if target.site is EMBEDDING else initializers.INITIALIZERS
+    initializer = by_name[config.init]
     generator = seeded(seed, target.path)
     if target.site.kind == "experts":  # each a matrix of its own
         starts = [initializer(shape_A[1:], shape_B[1:], generator) for _ in range(shape_A[0])]
@@ -143,10 +144,7 @@ def mixin_for(module: nn.Module, update: LayerUpdate | Replacement | StackedUpda
 
 def fresh_replacement(module: nn.Module) -> Replacement:
     """A trainable copy of a module as it is in the base, whatever other adapters put in its place."""
-    replacement = Replacement(module)
-    if isinstance(replacement.copy, ReplacedModule):
-        restore(replacement.copy)
-    return replacement
+    return Replacement(module.as_base() if isinstance(module, AdaptedModule) else module)
 
 
 def loaded_replacement(adapter: Adapter, path: str, module: nn.Module) -> Replacement:

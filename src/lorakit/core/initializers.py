@@ -53,6 +53,17 @@ def orthogonal(shape_A: tuple[int, ...], shape_B: tuple[int, ...], generator: to
     return Init(A.reshape(shape_A), B.reshape(shape_B))
 
 
+def random(shape_A: tuple[int, ...], shape_B: tuple[int, ...], generator: torch.Generator) -> Init:
+    """A and B both uniform in +-1/sqrt(fan_in), so the update is not zero (PEFT's init_lora_weights=False)."""
+    A = default(shape_A, shape_B, generator).A
+    return Init(A, default(shape_B, shape_A, generator).A)
+
+
+def random_lookup(shape_A: tuple[int, ...], shape_B: tuple[int, ...], generator: torch.Generator) -> Init:
+    """A and B both normal(0, 1): `random` for embeddings (as PEFT)."""
+    return Init(torch.empty(shape_A).normal_(generator=generator), torch.empty(shape_B).normal_(generator=generator))
+
+
 def zero_A(shape_A: tuple[int, ...], shape_B: tuple[int, ...], generator: torch.Generator) -> Init:
     """A zero, B normal(0, 1): the default for embeddings, where A's columns are looked up and few get a gradient (as
     loralib).
@@ -60,4 +71,10 @@ def zero_A(shape_A: tuple[int, ...], shape_B: tuple[int, ...], generator: torch.
     return Init(torch.zeros(shape_A), torch.empty(shape_B).normal_(generator=generator))
 
 
-INITIALIZERS: dict[str, Initializer] = {"default": default, "gaussian": gaussian, "orthogonal": orthogonal}
+INITIALIZERS: dict[str, Initializer] = {
+    "default": default,
+    "gaussian": gaussian,
+    "orthogonal": orthogonal,
+    "random": random,
+}
+FOR_EMBEDDINGS: dict[str, Initializer] = {**INITIALIZERS, "default": zero_A, "random": random_lookup}

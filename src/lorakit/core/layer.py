@@ -7,7 +7,7 @@ weight stays where it is, and whoever asks `isinstance(layer, nn.Linear)` or rea
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import nn
@@ -43,6 +43,18 @@ class AdaptedModule(nn.Module):
         """What of a route is here, each with the places of its rows in this module's input."""
         updates = self.lorakit_updates
         return [(updates[slot], rows) for slot, rows in route.places(x, type(self).__name__).items() if slot in updates]
+
+    def as_base(self, **replaced: nn.Parameter) -> nn.Module:
+        """This module as if nothing were adapted: a module of its own class that shares its parameters, buffers and
+        hooks; `replaced` parameters stand in place of its own.
+        """
+        base = type(self).__bases__[1]
+        view = cast("nn.Module", object.__new__(base))
+        view.__dict__.update({k: v for k, v in self.__dict__.items() if not k.startswith("lorakit_")})
+        view.__dict__["_modules"] = {k: v for k, v in self._modules.items() if k != "lorakit_updates"}
+        if replaced:
+            view.__dict__["_parameters"] = {**self._parameters, **replaced}
+        return view
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The generated class has no importable name: copy and pickle remake it from its two parents.
@@ -121,7 +133,13 @@ class AdaptedLayer(AdaptedModule):
 
 
 class ReplacedModule(AdaptedModule):
-    """A module of which adapters hold whole trained copies (`modules_to_save`)."""
+    """A module of which adapters hold whole trained copies (`modules_to_save`).
+
+    Attributes:
+        container: the class for modules whose forward runs over their children.
+    """
+
+    container: ClassVar[type[ReplacedModule]]
 
     lorakit_verb = "Replaced"
 
@@ -166,6 +184,9 @@ class ReplacedContainer(ReplacedModule):
 
     def __len__(self) -> int:
         return len(self._modules) - 1
+
+
+ReplacedModule.container = ReplacedContainer
 
 
 def base_modules(model: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
@@ -257,8 +278,8 @@ def adapt(module: nn.Module, mixin: type[AdaptedModule], state: ActiveState) -> 
     if isinstance(module, AdaptedModule):
         assert isinstance(module, mixin), "a module is adapted or replaced, never both"
         return module
-    if mixin is ReplacedModule and hasattr(module, "__iter__"):
-        mixin = ReplacedContainer
+    if issubclass(mixin, ReplacedModule) and hasattr(module, "__iter__"):
+        mixin = mixin.container
     module.__class__ = _subclass(mixin, type(module))
     adapted = cast("AdaptedModule", module)
     adapted.lorakit_updates = nn.ModuleDict()
@@ -269,8 +290,8 @@ def adapt(module: nn.Module, mixin: type[AdaptedModule], state: ActiveState) -> 
 def restore(module: AdaptedModule) -> nn.Module:
     """Give a module its own class back; nothing of lorakit stays in it."""
     del module.lorakit_updates
-    for name in ("lorakit_state", "lorakit_site", "lorakit_batch_dim"):
-        module.__dict__.pop(name, None)
+    for name in [name for name in module.__dict__ if name.startswith("lorakit_")]:
+        del module.__dict__[name]
     module.__class__ = type(module).__bases__[1]
     return module
 

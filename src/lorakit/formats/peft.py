@@ -62,12 +62,17 @@ _OFF: tuple[Any, ...] = (None, False, {}, [], "")
 # initialisations that left the base as it was, so that the adapter means the same on it
 _INIT_ON_PRISTINE_BASE = {
     True: "default",
-    False: "default",
+    False: "random",
     "gaussian": "gaussian",
     "orthogonal": "orthogonal",
     "eva": "default",
 }
-_INIT_FOR_PEFT: dict[str, bool | str] = {"default": True, "gaussian": "gaussian", "orthogonal": "orthogonal"}
+_INIT_FOR_PEFT: dict[str, bool | str] = {
+    "default": True,
+    "random": False,
+    "gaussian": "gaussian",
+    "orthogonal": "orthogonal",
+}
 
 _TASK_TYPES = {
     "ForCausalLM": "CAUSAL_LM",

@@ -1,0 +1,46 @@
+"""Starting values drawn as PEFT draws them: the same numbers, in the same order, from torch's global generator.
+
+So a script that sets a seed starts from PEFT's tensors, and what it draws afterwards (its data, its dropout) is what it
+would be with PEFT. lorakit's own initialisation depends on a seed and each layer's path alone; see core/initializers.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+from lorakit.core.deltas import LoRA
+
+
+@torch.no_grad()
+def draw(lora: LoRA, init: bool | str, *, lookup: bool) -> None:
+    """Fill A and B of one layer.
+
+    Args:
+        lora: of a matrix, a convolution or a lookup.
+        init: PEFT's `init_lora_weights`: True, False, "gaussian" or "orthogonal".
+        lookup: the layer is an embedding.
+    """
+    shape_A, shape_B, r = lora.A.shape, lora.B.shape, lora.r
+    if lookup:
+        A, B = torch.randn(shape_A), torch.randn(shape_B)
+        if init is not False:
+            A.zero_()
+            B.normal_()
+    else:  # PEFT's constructors draw both before its initialisation draws again
+        A, B = _as_a_layer(shape_A), _as_a_layer(shape_B)
+        if init == "orthogonal":
+            basis, _ = torch.linalg.qr(torch.randn(r, r))
+            A = (torch.randn(shape_A[1], r // 2) @ basis[0::2]).T / 10
+            B = torch.randn(r // 2, shape_B[0]).T @ basis[1::2] / 10
+        elif init is not False:
+            A = nn.init.normal_(A, std=1 / r) if init == "gaussian" else _as_a_layer(shape_A)
+            B.zero_()
+    lora.A.copy_(A)
+    lora.B.copy_(B)
+
+
+def _as_a_layer(shape: torch.Size) -> torch.Tensor:
+    return nn.init.kaiming_uniform_(torch.empty(shape), a=math.sqrt(5))

@@ -1,0 +1,17 @@
+"""Errors of the facade: lorakit's own, that are also of the built-in classes which scripts written for PEFT catch."""
+
+from __future__ import annotations
+
+from lorakit.errors import AdapterError, AdapterMismatchError, ConfigError
+
+
+class PeftValueError(AdapterError, ValueError):
+    """An operation that cannot be done; PEFT raises ValueError there."""
+
+
+class UnsupportedError(ConfigError, NotImplementedError):
+    """Something PEFT has and this version has not."""
+
+
+class MismatchError(AdapterMismatchError, RuntimeError):
+    """Tensors that do not fit the model; PEFT raises RuntimeError there."""

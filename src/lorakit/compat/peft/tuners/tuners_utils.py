@@ -1,0 +1,5 @@
+"""`from peft.tuners.tuners_utils import BaseTunerLayer`."""
+
+from lorakit.compat.peft.layers import BaseTunerLayer
+
+__all__ = ["BaseTunerLayer"]

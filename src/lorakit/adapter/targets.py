@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from torch import nn
 
 from lorakit.adapter.config import LoRAConfig
+from lorakit.adapter.patterns import ends, matching
 from lorakit.core import experts
 from lorakit.core.attention import is_output_projection
 from lorakit.core.layer import base_modules, bias_dim, bias_name
 from lorakit.core.sites import Site, is_attention, is_linear, site_of
-from lorakit.errors import ConfigError, TargetError, bullet_list, nearest
+from lorakit.errors import TargetError, bullet_list, nearest
 
 
 @dataclass(frozen=True)
@@ -162,19 +163,11 @@ def _matches(pattern: str, path: str) -> bool:
     return path == pattern or path.endswith(f".{pattern}")
 
 
-def _compile(pattern: str, what: str) -> re.Pattern[str]:
-    try:
-        return re.compile(pattern)
-    except re.error as error:
-        raise ConfigError(f"{what}: {pattern!r} is not a regular expression: {error}") from None
-
-
 def _match_names(names: str | Sequence[str], paths: Iterable[str], what: str, problems: list[str]) -> list[str]:
     """Paths meant by a regular expression (a string) or a list of path ends, in the model's order."""
     paths = [path for path in paths if path]
     if isinstance(names, str):
-        pattern = _compile(names, what)
-        found = [path for path in paths if pattern.fullmatch(path)]
+        found = matching(names, paths, what)
         if not found:
             last = sorted({path.rsplit(".", 1)[-1] for path in paths})
             guess = nearest(names, last) or last[:5]
@@ -214,8 +207,7 @@ def _match_patterns(
     """
     values: dict[str, float] = {}
     for key, value in patterns.items():
-        pattern = _compile(rf"(.*\.)?({key})", what)
-        found = [path for path in paths if pattern.fullmatch(path)]
+        found = matching(ends(key), paths, f"{what} {key!r}")
         if not found:
             problems.append(f"{what} {key!r}: matches no adapted layer{_did_you_mean(key, paths)}")
         for path in found:

@@ -105,7 +105,7 @@ def inject_adapter_in_model(
         found = (
             re.fullmatch(r"(?:base_model\.model\.)?(.+)\.lora_(?:embedding_)?[AB](?:\..+)?", k) for k in state_dict
         )
-        targets = {match[1] for match in found if match}
+        targets = {match[1].replace(".base_layer.", ".") for match in found if match}  # what an attention holds
         peft_config = dataclasses.replace(peft_config, target_modules=targets, layers_to_transform=None)
     LoraModel(model, peft_config, adapter_name, low_cpu_mem_usage)
     return model

@@ -52,7 +52,9 @@ class PeftModel(nn.Module):
         with self.base_model.or_nothing():
             self.add_adapter(adapter_name, peft_config, low_cpu_mem_usage, autocast_adapter_dtype)
         self.base_model.set_adapter(adapter_name, inference_mode=peft_config.inference_mode)
-        if getattr(model, "is_gradient_checkpointing", False):
+        # transformers has renamed it, and warns of the old name
+        renamed = hasattr(type(model), "is_activation_checkpointing")
+        if getattr(model, "is_activation_checkpointing" if renamed else "is_gradient_checkpointing", False):
             self.prepare_model_for_gradient_checkpointing(model)
 
     def __getattr__(self, name: str) -> Any:

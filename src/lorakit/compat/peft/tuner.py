@@ -17,7 +17,7 @@ from lorakit.compat.peft.config import LoraConfig, PeftConfig
 from lorakit.compat.peft.draws import draw
 from lorakit.compat.peft.errors import PeftValueError, UnsupportedError
 from lorakit.compat.peft.handle import PeftAdapters
-from lorakit.compat.peft.lora_layers import LoraLayer, ModulesToSaveWrapper
+from lorakit.compat.peft.lora_layers import LoraAttention, LoraLayer, ModulesToSaveWrapper
 from lorakit.core.active import NOTHING
 from lorakit.core.deltas import LoRA
 from lorakit.core.layer import base_parameters
@@ -102,15 +102,23 @@ class LoraModel(nn.Module):
         """
         config = self._checked(adapter_name, peft_config)
         self.handle.add(adapter_name, config.resolved(self.model), trainable=False)
-        for path, update in self.handle._residents[adapter_name].updates():
-            lora = getattr(update, "lora", None)
-            if isinstance(lora, LoRA):
-                site = site_of(self.handle._residents[adapter_name].modules[path])
-                draw(lora, config.init_lora_weights, lookup=site is not None and site.kind == "embedding")
+        self._draw(adapter_name, config.init_lora_weights)
         self._enter(adapter_name, config, autocast=autocast_adapter_dtype)
         if low_cpu_mem_usage:
             for _, update in self.handle._residents[adapter_name].updates():
                 update.to("meta")
+
+    def _draw(self, name: str, init: bool | str) -> None:
+        modules = self.handle._residents[name].modules
+        updates = dict(self.handle._residents[name].updates())
+        for path, module in modules.items():
+            paths = [path]
+            if isinstance(module, LoraAttention) and len(module.here()) == 1:
+                paths.insert(0, f"{path}.out_proj")  # PEFT draws for it when it wraps the attention, and then again
+            for drawn in paths:
+                lora, site = getattr(updates.get(drawn), "lora", None), site_of(modules[drawn])
+                if isinstance(lora, LoRA):
+                    draw(lora, init, lookup=site is not None and site.kind == "embedding")
 
     def add_value(
         self, adapter_name: str, adapter: Adapter, peft_config: LoraConfig, autocast_adapter_dtype: bool = True

@@ -244,12 +244,12 @@ def evaluate(
     if not rows:
         raise DataError("no rows to evaluate")
     # adapters and rows are read before the model is: what is wrong with them is told at once
-    values = {
-        name: adapter if isinstance(adapter, Adapter) else Adapter.load(adapter)
-        for name, adapter in zip(names, adapters, strict=True)
-    }
     if model is None:
         model = models.common_base([adapter for adapter in adapters if not isinstance(adapter, Adapter)])
+    values = {
+        name: adapter if isinstance(adapter, Adapter) else _read(adapter, model)
+        for name, adapter in zip(names, adapters, strict=True)
+    }
     loaded, tokenizer = models.load_model(model, dtype, device) if isinstance(model, str) else model
 
     def measure(adapter: str | None, own_tokenizer: Any) -> Evaluation:
@@ -287,6 +287,10 @@ def evaluate(
         with attached(loaded, values[name]):
             results.append(measure(name, own_tokenizer))
     return results
+
+
+def _read(adapter: str | Path, model: str | tuple[Any, Any]) -> Adapter:
+    return models.read_adapter(adapter, model) if isinstance(model, str) else Adapter.load(adapter, model=model[0])
 
 
 @contextlib.contextmanager

@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from lorakit import machine, pipelines
+from lorakit.adapter.value import Adapter
 from lorakit.errors import ModelError, bullet_list, nearest
+from lorakit.formats import recognise
 from lorakit.formats.peft import base_name
 from lorakit.gguf_cache import converted_gguf, quiet, refuse_missing
 
@@ -135,6 +137,8 @@ def adapter_base(folder: str | Path) -> str | None:
     folder = Path(folder).expanduser()
     path = folder / "adapter_config.json"
     if not path.is_file():
+        if folder.is_file():
+            raise ModelError(f"{folder}: a file that names no base model; name it with --model")
         inside = folder / "best" / "adapter_config.json"
         hint = f"; it is a run folder, whose adapter is {inside.parent}" if inside.is_file() else _did_you_mean(folder)
         raise ModelError(f"{folder} is not an adapter folder: it has no adapter_config.json{hint}")
@@ -289,6 +293,16 @@ def local_folder(spec: str | Path) -> Path:
         except Exception as error:  # network, gate, name
             raise _load_error(source, error) from error
     return Path(folder)
+
+
+def read_adapter(path: str | Path, base: str | Path) -> Adapter:
+    """An adapter file of any format; one whose names make sense only with the base is read beside its skeleton.
+
+    Raises:
+        AdapterFileError: as in `Adapter.load`.
+        ModelError: the base is needed and cannot be found.
+    """
+    return Adapter.load(path, model=None if recognise(path) == "peft" else load_skeleton(base))
 
 
 def check_tokenizer(model: Any, tokenizer: Any, where: str) -> None:

@@ -26,11 +26,12 @@ def load_subject(model: str | None, adapter: str | None, chat_template: str, dty
     """Load a model and give it an adapter; without a model, the base that the adapter names."""
     from lorakit import models
     from lorakit.adapter.attach import attach
-    from lorakit.adapter.value import Adapter
     from lorakit.data.chat import ChatFormat
 
     spec = model if model is not None else models.common_base([adapter] if adapter else [])
-    value = Adapter.load(adapter) if adapter else None  # before the model: what is wrong with it is told at once
+    value = (
+        models.read_adapter(adapter, spec) if adapter else None
+    )  # before the model: what is wrong with it is told at once
     console.print(f"model  {spec}" + (f" with {adapter}" if adapter else ""))
     loaded, tokenizer = models.load_model(spec, dtype, device)
     if adapter is not None and value is not None:

@@ -130,9 +130,9 @@ def merge(
     if len(factors) != len(adapters):
         raise ConfigError(f"weights: {len(factors)} for {len(adapters)} adapters; give one each")
     stage = on_stage or (lambda _: None)
-    values = [adapter if isinstance(adapter, Adapter) else Adapter.load(adapter) for adapter in adapters]
     paths = [adapter for adapter in adapters if not isinstance(adapter, Adapter)]
     spec = model if model is not None else models.common_base(paths)
+    values = [a if isinstance(a, Adapter) else models.read_adapter(a, spec) for a in adapters]
     rows = None if data is None else _rows(data, limit)
 
     stage("reading the base")

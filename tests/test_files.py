@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from lorakit import files
 from lorakit.errors import FileError, RunError
-from lorakit.files import JsonLines, atomic_folder, parse_json, read_safetensors, read_safetensors_header
+from lorakit.files import JsonLines, atomic_folder, folders, parse_json, read_safetensors, read_safetensors_header
 
 FOLDER_OF_OLD = {"a.txt": b"old a", "sub/b.txt": b"old b"}
 FOLDER_OF_NEW = {"a.txt": b"new a", "sub/c.txt": b"new c"}
@@ -179,10 +179,10 @@ def test_linux_exchanges_folders_in_one_step(tmp_path):
     first, second = tmp_path / "first", tmp_path / "second"
     fill(first, FOLDER_OF_OLD)
     fill(second, FOLDER_OF_NEW)
-    assert files._exchange(first, second)
+    assert folders._exchange(first, second)
     assert (content(first), content(second)) == (FOLDER_OF_NEW, FOLDER_OF_OLD)
     with pytest.raises(FileNotFoundError):
-        files._exchange(first, tmp_path / "none")
+        folders._exchange(first, tmp_path / "none")
 
 
 # Run the writer again and again, killed one step later each time: at the n-th event Python reports (open, rename, mkdir
@@ -192,11 +192,12 @@ import json, os, shutil, signal, sys
 from pathlib import Path
 from lorakit import files
 from lorakit.errors import FileError
+from lorakit.files import folders
 
 kind, exchange, root = sys.argv[1], sys.argv[2] == "exchange", Path(sys.argv[3])
 target = root / "target"
 if not exchange:
-    files._exchange = lambda first, second: False
+    folders._exchange = lambda first, second: False
 steps = {"fsync": os.fsync}
 
 def old():
@@ -292,7 +293,7 @@ def test_an_interrupt_between_the_two_renames_is_undone(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return rename(self, to)
 
-    monkeypatch.setattr(files, "_exchange", lambda first, second: False)
+    monkeypatch.setattr(folders, "_exchange", lambda first, second: False)
     monkeypatch.setattr(Path, "rename", interrupted)
     with pytest.raises(KeyboardInterrupt), atomic_folder(target) as building:
         fill(building, FOLDER_OF_NEW)

@@ -401,6 +401,7 @@ class AttachedAdapters:
         factors: dict[str, Factors] = {}
         biases: dict[str, torch.Tensor] = {}
         replaced: dict[str, torch.Tensor] = {}
+        tokens: dict[str, torch.Tensor] = {}
         for path, update in resident.updates():
             if isinstance(update, Replacement):
                 replaced |= {f"{path}.{key}": _copied(tensor) for key, tensor in update.copy.state_dict().items()}
@@ -414,7 +415,16 @@ class AttachedAdapters:
                 )
             if update.bias is not None:
                 biases[path] = _copied(update.bias)
-        return Adapter(config=resident.config, factors=factors, biases=biases, replaced=replaced, base=self.base_info())
+            if update.tokens is not None and not update.lent:
+                tokens[path] = _copied(update.tokens.rows)
+        return Adapter(
+            config=resident.config,
+            factors=factors,
+            biases=biases,
+            replaced=replaced,
+            tokens=tokens,
+            base=self.base_info(),
+        )
 
     def save(self, name: str, path: str | Path, format: str = "peft") -> Path:
         """Write an adapter to the folder `path`: `extract(name).save(path)`."""
@@ -510,7 +520,7 @@ class AttachedAdapters:
         """A module cannot be trained whole by one adapter and by a low-rank update of another (nor of the one it
         replaces: both are in for a moment).
         """
-        low_rank = [*(t.path for t in targets.layers), *targets.biases]
+        low_rank = [*(t.path for t in targets.layers), *targets.biases, *targets.tokens]
         low_rank += readers([*low_rank, *targets.replaced], modules)
         clash = [path for path in low_rank if isinstance(module_at(path, modules), ReplacedModule)]
         adapted = (AdaptedLayer, AdaptedAttention, AdaptedExperts)

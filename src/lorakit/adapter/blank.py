@@ -29,6 +29,10 @@ def blank_adapter(model: nn.Module, config: LoRAConfig) -> Adapter:
         base=fingerprint.of(model, list(base_parameters(model).items())),
         factors=factors,
         biases={path: _blank(modules[path].get_parameter(bias_name(modules[path]))) for path in targets.biases},
+        tokens={
+            path: _blank(modules[path].get_parameter("weight"))[: len(config.trainable_tokens)]
+            for path in targets.tokens[:1]
+        },
         replaced={
             f"{path}.{name}": _blank(tensor)
             for path in targets.replaced

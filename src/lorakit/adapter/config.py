@@ -32,6 +32,7 @@ class LoRAConfig(Config):
         "lora_target_modules": "target_modules",
         "layers_to_transform": "layers",
         "init_lora_weights": "init",
+        "trainable_token_indices": "trainable_tokens",
     }
     switches: ClassVar[Mapping[str, tuple[str, Any, Any]]] = {"use_rslora": ("scaling", "rslora", "lora")}
     advice: ClassVar[Mapping[str, str]] = {
@@ -90,9 +91,17 @@ class LoRAConfig(Config):
     modules_to_save: Annotated[tuple[str, ...], _NONE_IS_EMPTY] = ()
     """Modules (matched as `target_modules`) trained whole and stored with the adapter, e.g. a classification head."""
 
+    trainable_tokens: Annotated[tuple[int, ...], _NONE_IS_EMPTY] = ()
+    """Token ids whose rows of the input embedding are trained whole (and, where the head is tied to it, of the head):
+    for new tokens, at n x d parameters instead of the whole embedding's."""
+
     def problems(self) -> list[str]:
         """Ranges."""
         found = []
+        if any(token < 0 for token in self.trainable_tokens):
+            found.append(f"trainable_tokens: must be token ids from 0 (got {min(self.trainable_tokens)})")
+        if len(set(self.trainable_tokens)) < len(self.trainable_tokens):
+            found.append("trainable_tokens: names a token twice")
         if self.r < 1:
             found.append(f"r: must be at least 1 (got {self.r})")
         if not math.isfinite(self.alpha) or self.alpha <= 0:

@@ -125,7 +125,8 @@ def changed_parameters(path: str, module: AdaptedModule, selection: Selection) -
     active = [update for update, _ in module.active_updates(selection)]
     if isinstance(module, AdaptedLayer | AdaptedAttention):
         updates, site = cast("list[LayerUpdate]", active), module.lorakit_site
-        names = [site.weight_name] if site is not None and any(update.lora is not None for update in updates) else []
+        of_weight = any(update.lora is not None or update.tokens is not None for update in updates)
+        names = [site.weight_name] if site is not None and of_weight else []
         names += [bias_name(module)] if any(update.bias is not None for update in updates) else []
     elif isinstance(module, AdaptedExperts):
         stacked = cast("list[StackedUpdate]", active)
@@ -169,11 +170,14 @@ def _layer_updates(
     full: Callable[[str], str], module: nn.Module, site: Site | None, updates: list[tuple[LayerUpdate, float]]
 ) -> Iterator[tuple[Owner, torch.Tensor]]:
     """The dense change of one weight and of the layer's bias."""
-    low_rank = [(update.lora, weight) for update, weight in updates if update.lora is not None]
-    if low_rank and site is not None:
+    changing = [(u, weight) for u, weight in updates if u.lora is not None or u.tokens is not None]
+    if changing and site is not None:
         name = site.weight_name
         base_weight_of(module, full(name), name)  # refuses a storage that cannot be written
-        yield (full(name), module, name), sum_of((lora.dense(site), weight) for lora, weight in low_rank)
+        own = module.get_parameter(name).detach()
+        changes = [(update.lora.dense(site), weight) for update, weight in changing if update.lora is not None]
+        changes += [(update.tokens.dense(own), weight) for update, weight in changing if update.tokens is not None]
+        yield (full(name), module, name), sum_of(changes)
     biases = [(update.bias.detach(), weight) for update, weight in updates if update.bias is not None]
     if biases:
         name = bias_name(module)

@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from torch import nn
 
 from lorakit.adapter.config import LoRAConfig
+from lorakit.adapter.patterns import ends, matching
 from lorakit.core import experts
 from lorakit.core.attention import is_output_projection
 from lorakit.core.layer import base_modules, bias_dim, bias_name
 from lorakit.core.sites import Site, is_attention, is_linear, site_of
-from lorakit.errors import ConfigError, TargetError, bullet_list, nearest
+from lorakit.errors import TargetError, bullet_list, nearest
 
 
 @dataclass(frozen=True)
@@ -37,11 +38,13 @@ class Targets:
         layers: layers that get a low-rank update, in the model's order.
         biases: paths of modules whose bias is trained.
         replaced: paths of modules trained whole.
+        tokens: path of the embedding of which rows are trained, and of every head tied to it; the embedding first.
     """
 
     layers: tuple[Target, ...]
     biases: tuple[str, ...]
     replaced: tuple[str, ...]
+    tokens: tuple[str, ...] = ()
 
 
 def find_targets(model: nn.Module, config: LoRAConfig) -> Targets:
@@ -94,11 +97,12 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> Targets:
         also = path if path in alphas or site.kind != "attention" else path.removesuffix(".out_proj")
         layers.append(Target(path, module, site, int(ranks.get(known, config.r)), alphas.get(also, config.alpha)))
     biases = _biases(candidates, chosen, config.bias, problems)
+    tokens = _embedding_and_tied(model, modules, config.trainable_tokens, [*chosen, *replaced], problems)
     if problems:
         raise TargetError(
             f"{type(model).__name__}: {len(problems)} problem(s) in the adapter's config:\n{bullet_list(problems)}"
         )
-    return Targets(tuple(layers), biases, tuple(replaced))
+    return Targets(tuple(layers), biases, tuple(replaced), tokens)
 
 
 def output_head(model: nn.Module) -> nn.Module | None:
@@ -159,19 +163,11 @@ def _matches(pattern: str, path: str) -> bool:
     return path == pattern or path.endswith(f".{pattern}")
 
 
-def _compile(pattern: str, what: str) -> re.Pattern[str]:
-    try:
-        return re.compile(pattern)
-    except re.error as error:
-        raise ConfigError(f"{what}: {pattern!r} is not a regular expression: {error}") from None
-
-
 def _match_names(names: str | Sequence[str], paths: Iterable[str], what: str, problems: list[str]) -> list[str]:
     """Paths meant by a regular expression (a string) or a list of path ends, in the model's order."""
     paths = [path for path in paths if path]
     if isinstance(names, str):
-        pattern = _compile(names, what)
-        found = [path for path in paths if pattern.fullmatch(path)]
+        found = matching(names, paths, what)
         if not found:
             last = sorted({path.rsplit(".", 1)[-1] for path in paths})
             guess = nearest(names, last) or last[:5]
@@ -211,8 +207,7 @@ def _match_patterns(
     """
     values: dict[str, float] = {}
     for key, value in patterns.items():
-        pattern = _compile(rf"(.*\.)?({key})", what)
-        found = [path for path in paths if pattern.fullmatch(path)]
+        found = matching(ends(key), paths, f"{what} {key!r}")
         if not found:
             problems.append(f"{what} {key!r}: matches no adapted layer{_did_you_mean(key, paths)}")
         for path in found:
@@ -248,6 +243,41 @@ def _why_not(module: nn.Module) -> str:
         f"{name} is no layer lorakit knows how to adapt (Linear, transformers Conv1D, Embedding, Conv1d/2d/3d, "
         "each with its own forward)"
     )
+
+
+def _embedding_and_tied(
+    model: nn.Module,
+    modules: Mapping[str, nn.Module],
+    tokens: Sequence[int],
+    taken: Sequence[str],
+    problems: list[str],
+) -> tuple[str, ...]:
+    """Paths of the input embedding and of the linear layers that have its weight too."""
+    if not tokens:
+        return ()
+    getter = getattr(model, "get_input_embeddings", None)
+    named = getter() if callable(getter) else None
+    embeddings = [path for path, m in modules.items() if isinstance(m, nn.Embedding) and named in (None, m)]
+    if len(embeddings) != 1:
+        problems.append(
+            f"trainable_tokens: {type(model).__name__} has {len(embeddings)} embeddings and does not say which one is "
+            "for tokens; train it by modules_to_save or target_modules instead"
+        )
+        return ()
+    embedding = modules[embeddings[0]]
+    weight = embedding.get_parameter("weight")
+    if site_of(embedding) is None:
+        problems.append(f"trainable_tokens: {embeddings[0]}: {_why_not(embedding)}")
+    if max(tokens) >= len(weight):
+        problems.append(f"trainable_tokens: {max(tokens)} is no row of {embeddings[0]}, which has {len(weight)}")
+    tied = [p for p, m in modules.items() if m is not embedding and m._parameters.get("weight") is weight]
+    both = [path for path in (embeddings[0], *tied) if path in taken]
+    if both:
+        problems.append(
+            f"trainable_tokens: {' and '.join(both)} cannot also be adapted or trained whole: leave it out of "
+            "target_modules and modules_to_save, or drop trainable_tokens"
+        )
+    return (embeddings[0], *tied)
 
 
 def _biases(

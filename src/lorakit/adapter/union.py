@@ -72,11 +72,14 @@ def shell(adapters: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
         AdapterError: whole tensors that cannot be added up; names them.
     """
     biases = _whole_tensors([a.biases for a in adapters], weights, "bias")
+    if any(a.tokens for a in adapters) and len({a.config.trainable_tokens for a in adapters if a.tokens}) > 1:
+        raise_all("combine", ["trainable_tokens differ between the adapters: activate them together instead"])
+    tokens = _whole_tensors([a.tokens for a in adapters], weights, "token rows of")
     replaced = _whole_tensors([a.replaced for a in adapters], weights, "module to save")
     clash = sorted({p for a in adapters for p in a.factors if any(name.startswith(f"{p}.") for name in replaced)})
     raise_all("combine", [f"{path}: trained whole by one adapter and by low rank by another" for path in clash])
     base = next((a.base for a in adapters if a.base and a.base.structure), adapters[0].base)
-    return Adapter(config=_config(adapters), biases=biases, replaced=replaced, base=base)
+    return Adapter(config=_config(adapters), biases=biases, replaced=replaced, tokens=tokens, base=base)
 
 
 def _whole_tensors(
@@ -137,7 +140,10 @@ def _config(adapters: Sequence[Adapter]) -> LoRAConfig:
         lacking = [f"{path}: its bias, if it has one, is in no adapter" for path in union if path not in trained]
         advice = ["bias lora_only means all layers of the combined adapter: activate the adapters together instead"]
         raise_all("combine", lacking and [*lacking, *advice])
-    return replace(config, bias=bias, modules_to_save=saved, dropout=adapters[0].config.dropout)
+    tokens = next((adapter.config.trainable_tokens for adapter in adapters if adapter.tokens), ())
+    return replace(
+        config, bias=bias, modules_to_save=saved, trainable_tokens=tokens, dropout=adapters[0].config.dropout
+    )
 
 
 def _exactly(paths: Sequence[str]) -> str:

@@ -13,7 +13,7 @@ from lorakit.adapter.targets import Target, Targets, readers
 from lorakit.adapter.value import Adapter
 from lorakit.core import initializers, lowrank
 from lorakit.core.attention import AdaptedAttention
-from lorakit.core.deltas import LayerUpdate, LoRA, Replacement, StackedUpdate
+from lorakit.core.deltas import LayerUpdate, LoRA, Replacement, StackedUpdate, TokenRows
 from lorakit.core.experts import AdaptedExperts
 from lorakit.core.layer import AdaptedLayer, AdaptedModule, ReplacedModule, bias_name
 from lorakit.core.sites import CONVOLUTION, EMBEDDING
@@ -31,6 +31,9 @@ def expected_shapes(adapter: Adapter, targets: Targets, modules: Mapping[str, nn
             shape_A = (shape_A[0], channels, *shape_A[2:])  # PEFT's A reads all channels of a grouped convolution
         shapes |= {f"{target.path}.A": shape_A, f"{target.path}.B": shape_B}
     shapes |= {f"{path}.bias": tuple(_bias(modules[path]).shape) for path in targets.biases}
+    for path in targets.tokens[:1]:
+        dim = modules[path].get_parameter("weight").shape[1]
+        shapes[f"{path}.tokens"] = (len(adapter.config.trainable_tokens), dim)
     for path in targets.replaced:
         module = modules[path]
         own = (module.as_base() if isinstance(module, AdaptedModule) else module).state_dict()
@@ -59,9 +62,19 @@ def fresh_updates(
         TargetError: a layer cannot carry its rank, or its weight cannot be read.
     """
     loras = {target.path: _fresh_lora(config, target, seed) for target in targets.layers}
-    for path in dict.fromkeys([*loras, *targets.biases]):
+    tokens = None
+    if targets.tokens:
+        indices = torch.tensor(config.trainable_tokens)
+        tokens = TokenRows(indices, modules[targets.tokens[0]].get_parameter("weight").detach()[indices].float())
+    for path in dict.fromkeys([*loras, *targets.biases, *targets.tokens]):
         bias = _bias(modules[path]).detach().float().clone() if path in targets.biases else None
-        yield path, LayerUpdate(loras.get(path), bias)
+        yield path, _update(path, targets, loras.get(path), bias, tokens)
+
+
+def _update(
+    path: str, targets: Targets, lora: LoRA | None, bias: torch.Tensor | None, tokens: TokenRows | None
+) -> LayerUpdate:
+    return LayerUpdate(lora, bias, tokens if path in targets.tokens else None, lent=path in targets.tokens[1:])
 
 
 def _fresh_lora(config: LoRAConfig, target: Target, seed: int) -> LoRA:
@@ -91,8 +104,13 @@ def loaded_updates(adapter: Adapter, targets: Targets) -> Iterator[tuple[str, La
         path: _lora(adapter.config, f.A.detach().clone(), f.B.detach().clone(), f.alpha, f.r)
         for path, f in adapter.factors.items()
     }
-    for path in dict.fromkeys([*loras, *targets.biases]):
-        yield path, LayerUpdate(loras.get(path), adapter.biases[path].clone() if path in targets.biases else None)
+    tokens = None
+    if targets.tokens:
+        rows = adapter.tokens[targets.tokens[0]].detach().float().clone()
+        tokens = TokenRows(torch.tensor(adapter.config.trainable_tokens), rows)
+    for path in dict.fromkeys([*loras, *targets.biases, *targets.tokens]):
+        bias = adapter.biases[path].clone() if path in targets.biases else None
+        yield path, _update(path, targets, loras.get(path), bias, tokens)
 
 
 def by_module(

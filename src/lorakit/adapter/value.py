@@ -104,6 +104,7 @@ class Adapter:
         factors: module path -> low-rank update.
         biases: module path -> trained bias (the whole bias, not a difference).
         replaced: full parameter name, e.g. "classifier.weight" -> trained tensor (`modules_to_save`).
+        tokens: module path of an embedding -> (n, dim) rows trained whole, those of `config.trainable_tokens`.
         base: the base it was made on, if known.
         metadata: strings kept in the file, e.g. the version that wrote it.
     """
@@ -112,6 +113,7 @@ class Adapter:
     factors: Mapping[str, Factors] = field(default_factory=dict)
     biases: Mapping[str, torch.Tensor] = field(default_factory=dict)
     replaced: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    tokens: Mapping[str, torch.Tensor] = field(default_factory=dict)
     base: BaseInfo | None = None
     metadata: Mapping[str, str] = field(default_factory=dict)
 
@@ -183,9 +185,10 @@ class Adapter:
         return sum(t.numel() * t.element_size() for t in self.tensors().values())
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Every tensor by a plain name: "<path>.A", "<path>.B", "<path>.bias", or the parameter's own name."""
+        """Every tensor by a plain name: "<path>.A", ".B", ".bias", ".tokens", or the parameter's own name."""
         named = {f"{path}.{letter}": t for path, f in self.factors.items() for letter, t in (("A", f.A), ("B", f.B))}
         named |= {f"{path}.bias": bias for path, bias in self.biases.items()}
+        named |= {f"{path}.tokens": rows for path, rows in self.tokens.items()}
         return named | dict(self.replaced)
 
     def digest(self) -> str:
@@ -194,6 +197,8 @@ class Adapter:
         for path in sorted(self.factors):
             f = self.factors[path]
             hasher.update(f"{path}|{f.kind}|{lowrank.scale(f.alpha, f.r, self.config.scaling)!r}\n".encode())
+        if self.tokens:
+            hasher.update(f"{list(self.config.trainable_tokens)}\n".encode())
         for name, tensor in sorted(self.tensors().items()):
             hasher.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}\n".encode())
             hasher.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
@@ -206,10 +211,10 @@ class Adapter:
         Raises:
             AdapterError: the adapter holds trained biases or modules, which cannot be scaled without the base.
         """
-        if self.biases or self.replaced:
+        if self.biases or self.replaced or self.tokens:
             raise AdapterError(
-                "cannot scale an adapter with trained biases or modules_to_save: they are whole tensors, not updates; "
-                "activate it with a weight instead: handle.activate({name: weight})"
+                "cannot scale an adapter with trained biases, token rows or modules_to_save: they are whole tensors, "
+                "not updates; activate it with a weight instead: handle.activate({name: weight})"
             )
         return replace(self, factors={path: replace(f, B=f.B * factor) for path, f in self.factors.items()})
 
@@ -289,7 +294,12 @@ class Adapter:
                 problems.append(
                     f"{name}: {int((~torch.isfinite(tensor)).sum())} of {tensor.numel()} values are NaN or infinite"
                 )
-        zero = self.factors and not self.biases and not self.replaced
+        problems += [
+            f"{path}: {len(rows)} trained rows for {len(self.config.trainable_tokens)} trainable_tokens"
+            for path, rows in self.tokens.items()
+            if rows.ndim != 2 or len(rows) != len(self.config.trainable_tokens)
+        ]
+        zero = self.factors and not self.biases and not self.replaced and not self.tokens
         if zero and not allow_zero and not any(f.A.any() and f.B.any() for f in self.factors.values()):
             problems.append("its update is zero in every layer: it was never trained, or its B was lost")
         if problems:

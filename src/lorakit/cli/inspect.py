@@ -40,6 +40,8 @@ def command(adapter: str, by: str, top: int, html: str | None, as_json: bool) ->
     console.print(f"adapter  {adapter}")
     console.print(f"base     {told['base'] or 'not named'}")
     console.print(f"layers   {told['layers']:,}, rank {ranks}, scaling {told['scaling']}")
+    if value.tokens:
+        console.print(f"tokens   {len(value.config.trainable_tokens):,} rows of {', '.join(value.tokens)}")
     if value.biases or value.replaced:
         console.print(f"whole    {len(value.biases):,} biases, {len(value.replaced):,} tensors of modules_to_save")
     console.print(f"size     {count(told['parameters'])} parameters, {size(told['bytes'])}")

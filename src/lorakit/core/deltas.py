@@ -85,15 +85,71 @@ class LoRA(nn.Module):
         return f"r={self.r}, s={self.s:g}" + (f", dropout={self.dropout:g}" if self.dropout else "")
 
 
-class LayerUpdate(nn.Module):
-    """Everything one adapter changes in one layer: `lora` and, if biases are trained, `bias` (the whole new bias, not
-    a difference).
+class TokenRows(nn.Module):
+    """Rows of an embedding trained whole: those of a few tokens, new ones for example.
+
+    Attributes:
+        indices: (n,) int64, the tokens.
+        rows: (n, dim) parameter, fp32: the whole new rows, not a difference, so that they mean the same on a base whose
+        rows of new tokens were drawn anew.
     """
 
-    def __init__(self, lora: LoRA | None = None, bias: torch.Tensor | None = None) -> None:
+    indices: torch.Tensor
+
+    def __init__(self, indices: torch.Tensor, rows: torch.Tensor) -> None:
+        super().__init__()
+        self.register_buffer("indices", indices, persistent=False)
+        self.rows = nn.Parameter(rows)
+
+    def change(self, weight: torch.Tensor) -> torch.Tensor:
+        """(n, dim) fp32: new rows less those of the embedding's `weight` (vocabulary, dim)."""
+        return self.rows - weight[self.indices].float()
+
+    def forward(self, site: Site, layer: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """What is added to the output `y` of the embedding for token ids `x`, or of the head tied to it for states
+        `x`.
+        """
+        change = self.change(layer.get_parameter("weight"))
+        if site.kind == "embedding":
+            hit = x.unsqueeze(-1) == self.indices  # (..., n), at most one each
+            return site.up(layer, hit.to(y.dtype), change.T.to(y.dtype))
+        logits = F.linear(x, change.to(x.dtype)).to(y.dtype)  # (..., n)
+        return logits.new_zeros(*logits.shape[:-1], y.shape[-1]).index_add(-1, self.indices, logits)
+
+    def dense(self, weight: torch.Tensor) -> torch.Tensor:
+        """The change of the whole (vocabulary, dim) weight, fp32."""
+        wide = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
+        return wide.index_copy(0, self.indices, self.change(weight).detach())
+
+
+class LayerUpdate(nn.Module):
+    """Everything one adapter changes in one layer.
+
+    Attributes:
+        lora: the low-rank update.
+        bias: the whole new bias, not a difference.
+        tokens: rows of an embedding; in the head tied to it, the very same module.
+        lent: `tokens` are the embedding's, and stand there in files.
+    """
+
+    def __init__(
+        self,
+        lora: LoRA | None = None,
+        bias: torch.Tensor | None = None,
+        tokens: TokenRows | None = None,
+        *,
+        lent: bool = False,
+    ) -> None:
         super().__init__()
         self.lora = lora
         self.bias = None if bias is None else nn.Parameter(bias)
+        self.tokens = tokens
+        self.lent = lent
+
+    @property
+    def low_rank_alone(self) -> LoRA | None:
+        """The low-rank update if that is all."""
+        return self.lora if self.bias is None and self.tokens is None else None
 
 
 class StackedUpdate(nn.Module):
@@ -145,7 +201,7 @@ def call_replaced(
 
 
 def trainable(update: LayerUpdate | Replacement) -> Iterator[tuple[str, nn.Parameter]]:
-    """The trainable tensors by the names that files and optimisers use: A, B, bias; or the copy's own names."""
+    """The trainable tensors by the names that optimisers use: A, B, bias, tokens; or the copy's own names."""
     if isinstance(update, Replacement):
         yield from update.copy.named_parameters()
         return
@@ -154,3 +210,5 @@ def trainable(update: LayerUpdate | Replacement) -> Iterator[tuple[str, nn.Param
         yield "B", update.lora.B
     if update.bias is not None:
         yield "bias", update.bias
+    if update.tokens is not None and not update.lent:
+        yield "tokens", update.tokens.rows

@@ -81,8 +81,9 @@ class AdaptedLayer(AdaptedModule):
             return super().forward(x, *args, **kwargs)  # type: ignore[no-any-return]
         if len(active) == 1 and not args and not kwargs:
             (update, weight) = active[0]
-            if update.lora is not None and update.bias is None and self.lorakit_site is not None:
-                fused = update.lora.fused_forward(self.lorakit_site, self, x, weight)
+            lora = update.low_rank_alone
+            if lora is not None and self.lorakit_site is not None:
+                fused = lora.fused_forward(self.lorakit_site, self, x, weight)
                 if fused is not None:
                     return fused
         y: torch.Tensor = super().forward(x, *args, **kwargs)
@@ -119,6 +120,8 @@ class AdaptedLayer(AdaptedModule):
         if update.bias is not None:
             own: torch.Tensor = self.get_parameter("bias")
             yield self._along_output(update.bias - own.float(), y)
+        if update.tokens is not None and self.lorakit_site is not None:
+            yield update.tokens(self.lorakit_site, self, x, y)
 
     def _along_output(self, bias: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """A (out,) bias shaped and typed to be added to `y`."""

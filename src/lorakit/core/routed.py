@@ -34,7 +34,10 @@ def stackable(site: Site | None, routed: Sequence[tuple[LayerUpdate, Rows]], rou
         and not torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
         and x.shape[:-1].numel() <= _FEW_TOKENS * len(route.slots)
-        and all(u.lora is not None and u.bias is None and not (u.lora.dropout and u.lora.training) for u, _ in routed)
+        and all(
+            u.low_rank_alone is not None and not (u.low_rank_alone.dropout and u.low_rank_alone.training)
+            for u, _ in routed
+        )
     )
 
 

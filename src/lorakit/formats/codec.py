@@ -165,6 +165,7 @@ def whole_tensors(adapter: Adapter, consumer: str) -> list[str]:
             f"{name}: trained whole (modules_to_save), which {consumer} does not read; merge instead"
             for name in adapter.replaced
         ),
+        *(f"{path}: rows of tokens trained whole, which {consumer} does not read; merge" for path in adapter.tokens),
     ]
 
 

@@ -50,6 +50,7 @@ def obstacles(adapter: Adapter, context: Context) -> list[str]:
     problems = [
         f"{name}: trained whole (modules_to_save), which loralib's state dicts do not hold" for name in adapter.replaced
     ]
+    problems += [f"{path}: rows of tokens trained whole, which loralib has not" for path in adapter.tokens]
     problems += plain_layers(adapter, "loralib")
     for path, f in adapter.factors.items():
         if f.kind == "convolution" and (why := loralib_convolution.obstacle(f)):

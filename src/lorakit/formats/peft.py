@@ -35,6 +35,7 @@ CONFIG_FILE = "adapter_config.json"
 TENSOR_FILE = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _BESIDE = "lorakit_peft"
+_TOKENS = ".token_adapter.trainable_tokens_delta"  # the new rows, whatever the name says
 _LORA_KEY = re.compile(r"(?P<path>.+)\.(?:(?P<matrix>lora_[AB])\.weight|lora_embedding_(?P<embedding>[AB]))")
 
 # adapter_config.json: what says nothing about the function of the adapter ...
@@ -55,6 +56,7 @@ _NEUTRAL = {
 _READ = {
     *("r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "rank_pattern", "alpha_pattern", "bias"),
     *("modules_to_save", "layers_to_transform", "use_rslora", "init_lora_weights", "target_parameters"),
+    "trainable_token_indices",
 }
 _OFF: tuple[Any, ...] = (None, False, {}, [], "")
 # initialisations that left the base as it was, so that the adapter means the same on it
@@ -116,6 +118,7 @@ def _named_tensors(adapter: Adapter) -> dict[str, torch.Tensor]:
             tensors |= {f"{names[path]}.lora_A.weight": A, f"{names[path]}.lora_B.weight": B}
     for path, bias in adapter.biases.items():
         tensors[peft_nested.bias_name(path, adapter.factors)] = bias
+    tensors |= {path + _TOKENS: rows for path, rows in adapter.tokens.items()}
     return {_PREFIX + name: tensor for name, tensor in (tensors | dict(adapter.replaced)).items()}
 
 
@@ -152,6 +155,7 @@ def _config_for_peft(adapter: Adapter) -> dict[str, Any]:
         "rank_pattern": ranks,
         "alpha_pattern": alphas,
         "revision": None,
+        "trainable_token_indices": list(config.trainable_tokens) or None,
         "task_type": next((task for end, task in _TASK_TYPES.items() if architecture.endswith(end)), None),
         "use_dora": False,
         "use_rslora": config.scaling == "rslora",
@@ -278,6 +282,11 @@ def read_config(values: Any, where: Path | str) -> LoRAConfig:
     for key, value in values.items():
         if key not in _NEUTRAL | _READ and value not in _OFF:
             problems.append(f"{key} is {value!r}, which this version does not support")
+    tokens = values.get("trainable_token_indices") or ()
+    if isinstance(tokens, dict):
+        if len(tokens) > 1:
+            problems.append(f"trainable_token_indices names {len(tokens)} embeddings; this version reads one")
+        tokens = next(iter(tokens.values()))
     if not problems:
         layers = values.get("layers_to_transform")
         try:
@@ -295,6 +304,7 @@ def read_config(values: Any, where: Path | str) -> LoRAConfig:
                 bias=values.get("bias", "none"),
                 modules_to_save=tuple(values.get("modules_to_save") or ()),
                 target_parameters=values.get("target_parameters") or (),
+                trainable_tokens=tuple(tokens),
             )
         except (ConfigError, TypeError) as error:
             problems.append(str(error))
@@ -334,6 +344,7 @@ def _sort_tensors(
     embeddings: set[str] = set()
     biases: dict[str, torch.Tensor] = {}
     replaced: dict[str, torch.Tensor] = {}
+    tokens: dict[str, torch.Tensor] = {}
     saved = re.compile("|".join(rf"(?:.*\.)?{re.escape(name)}\..+" for name in config.modules_to_save) or r"(?!)")
     for key in sorted(tensors):
         name = key.removeprefix(_PREFIX)
@@ -345,6 +356,8 @@ def _sort_tensors(
                 embeddings.add(match["path"])
         elif saved.fullmatch(name):
             replaced[name] = tensors[key]
+        elif name.endswith(_TOKENS) and config.trainable_tokens:
+            tokens[name.removesuffix(_TOKENS)] = tensors[key]
         elif name.endswith("bias") and config.bias != "none":
             biases[peft_nested.path_of_bias(name)] = tensors[key]
         else:
@@ -361,7 +374,7 @@ def _sort_tensors(
             factors[path] = _factors(pair["A"], pair["B"], path, kind, config, problems)
     if problems:
         raise AdapterFileError(f"{where}: nothing loaded:\n{bullet_list(problems)}")
-    return Adapter(config=config, factors=factors, biases=biases, replaced=replaced)
+    return Adapter(config=config, factors=factors, biases=biases, replaced=replaced, tokens=tokens)
 
 
 def _factors(

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 
 from lorakit.adapter.config import LoRAConfig
+from lorakit.adapter.patterns import ends, matching
 from lorakit.adapter.value import Adapter, Factors, Kind
 from lorakit.core import lowrank
 
@@ -202,7 +203,7 @@ def rank(config: LoRAConfig, path: str) -> int:
 
 def by_pattern(patterns: Mapping[str, Any], path: str, otherwise: float) -> float:
     """The value of the first pattern that matches."""
-    return next((value for key, value in patterns.items() if re.fullmatch(rf"(.*\.)?({key})", path)), otherwise)
+    return next((value for key, value in patterns.items() if matching(ends(key), [path], "pattern")), otherwise)
 
 
 def _ends(path: str, end: str) -> bool:
@@ -283,5 +284,5 @@ def settings(adapter: Adapter) -> dict[str, Any]:
 
 def _named(path: str, target_modules: str | tuple[str, ...]) -> bool:
     if isinstance(target_modules, str):
-        return re.fullmatch(target_modules, path) is not None
+        return bool(matching(target_modules, [path], "target_modules"))
     return any(_ends(path, name) for name in target_modules)

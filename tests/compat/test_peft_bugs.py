@@ -44,6 +44,14 @@ def test_1959_a_name_that_matches_nothing_is_an_error_with_the_nearest(settings)
     ]
 
 
+@pytest.mark.parametrize("container", [nn.ModuleList, nn.ModuleDict])
+def test_a_container_that_is_never_called_cannot_be_trained_whole(container):
+    model = nn.Sequential(nn.Linear(3, 3))
+    model.more = container([nn.Linear(3, 3)] if container is nn.ModuleList else {"a": nn.Linear(3, 3)})
+    with pytest.raises(TargetError, match="never called itself"):
+        facade.get_peft_model(model, facade.LoraConfig(target_modules=["0"], modules_to_save=["more"]))
+
+
 def test_2115_a_key_that_matches_nothing_is_an_error_and_nothing_is_loaded(tmp_path):
     model = adapted()
     model.save_pretrained(tmp_path)

@@ -57,6 +57,12 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> Targets:
     modules = dict(base_modules(model))
     problems: list[str] = []
     replaced = _match_names(config.modules_to_save, modules, "modules_to_save", problems)
+    problems += [
+        f"modules_to_save: {path} is a {type(modules[path]).__name__}, which is never called itself, so a copy of it "
+        "would never be used; name what is in it"
+        for path in replaced
+        if type(modules[path]).forward is nn.Module.forward
+    ]
     inside_replaced = tuple(f"{path}." for path in replaced)
     candidates = {
         path: module

@@ -316,3 +316,22 @@ def key_map(model: nn.Module, adapter: str) -> Mapping[str, str]:
             for name in module.copies()[adapter].state_dict():
                 found[f"{path}.modules_to_save.{adapter}.{name}"] = f"{path}.{name}"
     return found
+
+
+class NamedAsInPeft(nn.Module):
+    """A wrapper whose `named_parameters` leaves out the frozen biases in whose place adapters train others: PEFT trains
+    the bias itself.
+    """
+
+    def named_parameters(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Parameter]]:
+        """As torch's."""
+        hidden = {
+            id(module._parameters[bias_name(module)])
+            for module in self.modules()
+            if isinstance(module, LoraLayer) and module._trained_bias() is not None
+        }
+        for name, parameter in super().named_parameters(prefix, recurse, remove_duplicate):
+            if id(parameter) not in hidden:
+                yield name, parameter

@@ -15,6 +15,7 @@ from lorakit.compat.peft.card import write_model_card
 from lorakit.compat.peft.config import LoraConfig, PeftConfig
 from lorakit.compat.peft.errors import MismatchError, PeftValueError, UnsupportedError
 from lorakit.compat.peft.files import adapter_folder, read_adapter
+from lorakit.compat.peft.lora_layers import NamedAsInPeft
 from lorakit.compat.peft.mixed import generate, routed
 from lorakit.compat.peft.tuner import LoraModel
 from lorakit.core.layer import base_modules
@@ -23,7 +24,7 @@ from lorakit.files import write_json
 from lorakit.formats.peft import CONFIG_FILE
 
 
-class PeftModel(nn.Module):
+class PeftModel(NamedAsInPeft):
     """A model with LoRA adapters. `base_model` is the tuner, `base_model.model` the model, changed in place.
 
     Args:

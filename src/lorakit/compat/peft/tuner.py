@@ -17,7 +17,7 @@ from lorakit.compat.peft.config import LoraConfig, PeftConfig
 from lorakit.compat.peft.draws import draw
 from lorakit.compat.peft.errors import PeftValueError, UnsupportedError
 from lorakit.compat.peft.handle import PeftAdapters
-from lorakit.compat.peft.lora_layers import LoraAttention, LoraLayer, ModulesToSaveWrapper
+from lorakit.compat.peft.lora_layers import LoraAttention, LoraLayer, ModulesToSaveWrapper, NamedAsInPeft
 from lorakit.core.active import NOTHING
 from lorakit.core.deltas import LoRA
 from lorakit.core.layer import base_parameters
@@ -25,7 +25,7 @@ from lorakit.core.sites import site_of
 from lorakit.errors import AdapterError
 
 
-class LoraModel(nn.Module):
+class LoraModel(NamedAsInPeft):
     """A model with adapters, as PEFT's tuner shows it: `tuner.model` is the model itself, changed in place.
 
     Attributes:

@@ -368,3 +368,13 @@ def test_a_compiled_model_follows_what_is_active(name):
             torch.testing.assert_close(case.run(compiled), case.run(model))
         handle.activate({"default": 0.5})
         torch.testing.assert_close(case.run(compiled), case.run(model))
+
+
+def test_a_copied_model_gives_embeddings_the_same_start():
+    """Sites are copied with the model: what a layer is must be seen from its kind, not from which object says so."""
+    case = CASES["llama embedding"]
+    model = case.build()
+    lorakit.attach(model, config(case), name="a")
+    copied = copy.deepcopy(model)
+    lorakit.adapters(copied).add("b", config(case))
+    assert not lorakit.adapters(copied).trainable_tensors("b")["model.embed_tokens.A"].any()

@@ -16,7 +16,6 @@ from lorakit.core.attention import AdaptedAttention
 from lorakit.core.deltas import LayerUpdate, LoRA, Replacement, StackedUpdate, TokenRows
 from lorakit.core.experts import AdaptedExperts
 from lorakit.core.layer import AdaptedLayer, AdaptedModule, ReplacedModule, bias_name
-from lorakit.core.sites import CONVOLUTION, EMBEDDING
 from lorakit.core.weights import base_weight_of
 from lorakit.errors import ConfigError
 
@@ -27,7 +26,7 @@ def expected_shapes(adapter: Adapter, targets: Targets, modules: Mapping[str, nn
     for target in targets.layers:
         shape_A, shape_B = target.site.shapes(target.module, target.r, target.path)
         factors, channels = adapter.factors.get(target.path), getattr(target.module, "in_channels", None)
-        if target.site is CONVOLUTION and factors is not None and factors.A.shape[1] == channels:
+        if target.site.kind == "convolution" and factors is not None and factors.A.shape[1] == channels:
             shape_A = (shape_A[0], channels, *shape_A[2:])  # PEFT's A reads all channels of a grouped convolution
         shapes |= {f"{target.path}.A": shape_A, f"{target.path}.B": shape_B}
     shapes |= {f"{path}.bias": tuple(_bias(modules[path]).shape) for path in targets.biases}
@@ -81,7 +80,7 @@ def _fresh_lora(config: LoRAConfig, target: Target, seed: int) -> LoRA:
     base_weight_of(target.module, target.path, target.site.weight_name)  # refuses a storage that cannot be read
     shape_A, shape_B = target.site.shapes(target.module, target.r, target.path)
     # an embedding looks up columns of A: its default starts with A zero, so that no rare token begins with a random row
-    by_name = initializers.FOR_EMBEDDINGS if target.site is EMBEDDING else initializers.INITIALIZERS
+    by_name = initializers.FOR_EMBEDDINGS if target.site.kind == "embedding" else initializers.INITIALIZERS
     initializer = by_name[config.init]
     generator = seeded(seed, target.path)
     if target.site.kind == "experts":  # each a matrix of its own

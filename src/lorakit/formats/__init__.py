@@ -10,7 +10,18 @@ from lorakit.adapter.value import Adapter
 from lorakit.errors import AdapterError, AdapterFileError, bullet_list, nearest
 from lorakit.formats.codec import BaseFacts, Codec, Context
 
-__all__ = ["CODECS", "BaseFacts", "Codec", "Context", "codec", "load_adapter", "obstacles", "recognise", "save_adapter"]
+__all__ = [
+    "CODECS",
+    "BaseFacts",
+    "Codec",
+    "Context",
+    "codec",
+    "load_adapter",
+    "locate",
+    "obstacles",
+    "recognise",
+    "save_adapter",
+]
 
 # name -> module, in the order in which a file is offered to them: the most telling first
 CODECS = {
@@ -38,10 +49,15 @@ def codec(name: str) -> Codec:
 
 
 def recognise(path: str | Path) -> str:
-    """The name of the format of a file or folder.
+    """The name of the format of a file or folder. Errors as in `locate`."""
+    return locate(path)[1]
+
+
+def locate(path: str | Path) -> tuple[Path, str]:
+    """Where the adapter is, and the name of its format: the path itself, or the one file in a folder that is one.
 
     Raises:
-        AdapterFileError: missing, or of no format lorakit reads.
+        AdapterFileError: missing, of no format lorakit reads, or a folder of several.
     """
     path = Path(path)
     if not path.exists():
@@ -50,12 +66,25 @@ def recognise(path: str | Path) -> str:
         raise AdapterFileError(
             f"{path}: no such file or folder" + (f"; did you mean {path.parent / guess[0]}?" if guess else "")
         )
-    for name in CODECS:
-        if codec(name).recognises(path):
-            return name
+    name = _format_of(path)
+    if name is not None:
+        return path, name
     if path.is_dir():
-        return "peft"  # whose reader says what is missing in the folder
+        inside = {
+            file: name
+            for file in sorted(path.iterdir())
+            if file.is_file() and file.stem != "adapter_model" and (name := _format_of(file))  # PEFT's, but half of it
+        }
+        if len(inside) > 1:
+            raise AdapterFileError(
+                f"{path}: holds several adapters; name one of {', '.join(file.name for file in inside)}"
+            )
+        return next(iter(inside.items()), (path, "peft"))  # whose reader says what is missing in the folder
     raise AdapterFileError(f"{path}: not an adapter in any format lorakit reads ({', '.join(CODECS)})")
+
+
+def _format_of(path: Path) -> str | None:
+    return next((name for name in CODECS if codec(name).recognises(path)), None)
 
 
 def load_adapter(path: str | Path, *, format: str | None = None, context: Context | None = None) -> Adapter:
@@ -69,8 +98,8 @@ def load_adapter(path: str | Path, *, format: str | None = None, context: Contex
     Raises:
         AdapterFileError: missing, damaged, hostile, or not an adapter.
     """
-    path = Path(path)
-    adapter = codec(format or recognise(path)).read(path, context or Context())
+    path, format = (Path(path), format) if format else locate(path)
+    adapter = codec(format).read(path, context or Context())
     try:
         adapter.check()
     except AdapterError as error:

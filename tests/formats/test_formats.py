@@ -1,0 +1,47 @@
+"""Telling formats apart."""
+
+import pytest
+import torch
+
+import lorakit
+from adapter.models import llama, randomise
+from lorakit import Adapter, LoRAConfig
+from lorakit.errors import AdapterFileError
+from lorakit.formats import locate, recognise
+
+
+@pytest.fixture
+def model():
+    model = llama().eval()
+    randomise(lorakit.attach(model, LoRAConfig(r=4)))
+    return model
+
+
+@pytest.mark.parametrize("format", ["peft", "gguf", "vllm", "loralib"])
+def test_what_was_saved_to_a_folder_is_read_from_that_folder(format, model, tmp_path):
+    value = lorakit.adapters(model).extract()
+    written = value.save(tmp_path / "a", format, model=model)
+    for path in (tmp_path / "a", written):
+        again = Adapter.load(path, model=model, alpha=value.config.alpha if format == "loralib" else None)
+        for name in value.factors:
+            assert torch.allclose(again.delta(name), value.delta(name), atol=1e-6)
+
+
+def test_a_folder_of_several_adapters_is_not_guessed_at(model, tmp_path):
+    value = lorakit.adapters(model).extract()
+    for name in ("one", "two"):
+        value.save(tmp_path / f"{name}.gguf", "gguf", model=model)
+    with pytest.raises(AdapterFileError, match=r"holds several adapters; name one of one\.gguf, two\.gguf"):
+        recognise(tmp_path)
+    (tmp_path / "two.gguf").unlink()
+    assert locate(tmp_path) == (tmp_path / "one.gguf", "gguf")
+
+
+def test_what_is_no_adapter_says_so(tmp_path):
+    (tmp_path / "notes.txt").write_text("hello")
+    with pytest.raises(AdapterFileError, match="not an adapter in any format"):
+        recognise(tmp_path / "notes.txt")
+    with pytest.raises(AdapterFileError, match="not an adapter folder"):
+        Adapter.load(tmp_path)
+    with pytest.raises(AdapterFileError, match=r"did you mean .*notes\.txt"):
+        recognise(tmp_path / "note.txt")

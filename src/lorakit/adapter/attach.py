@@ -16,11 +16,11 @@ from torch import nn
 
 from lorakit.adapter import fingerprint, folding
 from lorakit.adapter.config import LoRAConfig
+from lorakit.adapter.fit import refuse_mismatch, refuse_overlap
 from lorakit.adapter.folding import FoldReport
-from lorakit.adapter.targets import Targets, find_targets, module_at, readers
+from lorakit.adapter.targets import find_targets
 from lorakit.adapter.updates import (
     by_module,
-    expected_shapes,
     fresh_replacement,
     fresh_updates,
     loaded_replacement,
@@ -31,11 +31,9 @@ from lorakit.adapter.value import Adapter, BaseInfo, Factors
 from lorakit.core.active import NOTHING, ActiveState, Route, Selection
 from lorakit.core.attention import AdaptedAttention
 from lorakit.core.deltas import LayerUpdate, Replacement, StackedUpdate, trainable
-from lorakit.core.experts import AdaptedExperts
 from lorakit.core.layer import (
     AdaptedLayer,
     AdaptedModule,
-    ReplacedModule,
     adapt,
     base_modules,
     base_parameters,
@@ -46,7 +44,7 @@ from lorakit.core.layer import (
     unfuse,
 )
 from lorakit.core.sites import site_of
-from lorakit.errors import AdapterError, AdapterMismatchError, TargetError, bullet_list, nearest
+from lorakit.errors import AdapterError, nearest
 
 _HANDLE = "_lorakit"
 
@@ -331,9 +329,10 @@ class AttachedAdapters:
         trainable = isinstance(adapter, LoRAConfig) if trainable is None else trainable
         targets = find_targets(self.model, config)
         modules = dict(base_modules(self.model))
-        self._refuse_overlap(targets, modules)
+        refuse_overlap(targets, modules)
         if isinstance(adapter, Adapter):
-            self._refuse_mismatch(adapter, targets, modules, check_base=check_base)
+            here = self.base_info() if check_base else None
+            refuse_mismatch(adapter, targets, modules, type(self.model).__name__, here)
             updates: dict[str, LayerUpdate | Replacement] = dict(loaded_updates(adapter, targets))
             updates |= {path: loaded_replacement(adapter, path, modules[path]) for path in targets.replaced}
         else:
@@ -515,44 +514,6 @@ class AttachedAdapters:
 
     def _enter_model(self) -> None:
         self.model.__dict__[_HANDLE] = self
-
-    def _refuse_overlap(self, targets: Targets, modules: Mapping[str, nn.Module]) -> None:
-        """A module cannot be trained whole by one adapter and by a low-rank update of another (nor of the one it
-        replaces: both are in for a moment).
-        """
-        low_rank = [*(t.path for t in targets.layers), *targets.biases, *targets.tokens]
-        low_rank += readers([*low_rank, *targets.replaced], modules)
-        clash = [path for path in low_rank if isinstance(module_at(path, modules), ReplacedModule)]
-        adapted = (AdaptedLayer, AdaptedAttention, AdaptedExperts)
-        clash += [path for path in targets.replaced if isinstance(modules[path], adapted)]
-        if clash:
-            raise TargetError(
-                "trained whole (modules_to_save) by one adapter and by low-rank update or bias by another, "
-                f"which cannot share a model:\n{bullet_list(clash)}"
-            )
-
-    def _refuse_mismatch(
-        self, adapter: Adapter, targets: Targets, modules: Mapping[str, nn.Module], *, check_base: bool
-    ) -> None:
-        """Every tensor of the value must have its place in the model, and every place its tensor."""
-        expected = expected_shapes(adapter, targets, modules)
-        found = {name: tuple(tensor.shape) for name, tensor in adapter.tensors().items()}
-        problems = fingerprint.differences(adapter.base, self.base_info()) if check_base and adapter.base else []
-        problems += [f"missing: {name} {shape}" for name, shape in expected.items() if name not in found]
-        problems += [f"unexpected: {name} {shape}" for name, shape in found.items() if name not in expected]
-        problems += [
-            f"shape: {name} is {found[name]} in the adapter, {shape} in the model"
-            for name, shape in expected.items()
-            if name in found and found[name] != shape
-        ]
-        if problems:
-            raise AdapterMismatchError(
-                f"the adapter does not fit this {type(self.model).__name__}; nothing was loaded:\n"
-                f"{bullet_list(problems)}\n"
-                "Load the base it was trained on"
-                + (f" ({adapter.base.name})" if adapter.base and adapter.base.name else "")
-                + ", or pass check_base=False if only the base's values are known to differ."
-            )
 
     def _insert(
         self,

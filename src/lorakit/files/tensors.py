@@ -254,8 +254,8 @@ def read_torch(path: str | Path) -> dict[str, torch.Tensor]:
     except Exception as error:  # a pickle of strangers raises anything
         # torch's own message advises to read it without the restriction, which runs what is in the file
         raise FileError(
-            f"{path}: not a file of tensors alone, or damaged ({type(error).__name__} in torch's restricted reader); save "
-            "lora_state_dict(model) with torch.save, or tensors as safetensors"
+            f"{path}: not a file of tensors alone, or damaged ({type(error).__name__} in torch's restricted reader); "
+            "save lora_state_dict(model) with torch.save, or tensors as safetensors"
         ) from error
     if packed:  # a small file could unpack to any size
         raise FileError(f"{path}: its part {packed[0]} is compressed, which torch.save never does: not read")

@@ -1,0 +1,69 @@
+"""Whether an adapter fits a model, said in full before anything is put in."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import nn
+
+from lorakit.adapter import fingerprint
+from lorakit.adapter.targets import Targets, module_at, readers
+from lorakit.adapter.updates import expected_shapes
+from lorakit.adapter.value import Adapter, BaseInfo
+from lorakit.core.attention import AdaptedAttention
+from lorakit.core.experts import AdaptedExperts
+from lorakit.core.layer import AdaptedLayer, ReplacedModule
+from lorakit.errors import AdapterMismatchError, TargetError, bullet_list
+
+
+def refuse_overlap(targets: Targets, modules: Mapping[str, nn.Module]) -> None:
+    """A module cannot be trained whole by one adapter and by a low-rank update of another (nor of the one it replaces:
+    both are in for a moment).
+
+    Raises:
+        TargetError: names such modules.
+    """
+    low_rank = [*(t.path for t in targets.layers), *targets.biases, *targets.tokens]
+    low_rank += readers([*low_rank, *targets.replaced], modules)
+    clash = [path for path in low_rank if isinstance(module_at(path, modules), ReplacedModule)]
+    adapted = (AdaptedLayer, AdaptedAttention, AdaptedExperts)
+    clash += [path for path in targets.replaced if isinstance(modules[path], adapted)]
+    if clash:
+        raise TargetError(
+            "trained whole (modules_to_save) by one adapter and by low-rank update or bias by another, "
+            f"which cannot share a model:\n{bullet_list(clash)}"
+        )
+
+
+def refuse_mismatch(
+    adapter: Adapter, targets: Targets, modules: Mapping[str, nn.Module], model: str, here: BaseInfo | None
+) -> None:
+    """Every tensor of the value must have its place in the model, and every place its tensor.
+
+    Args:
+        adapter: the value.
+        targets: what its config means in the model.
+        modules: the model's, by path.
+        model: the model's class, for the error.
+        here: its fingerprint, to be compared with the base the adapter was made on; None: not compared.
+
+    Raises:
+        AdapterMismatchError: lists everything.
+    """
+    expected = expected_shapes(adapter, targets, modules)
+    found = {name: tuple(tensor.shape) for name, tensor in adapter.tensors().items()}
+    problems = fingerprint.differences(adapter.base, here) if here and adapter.base else []
+    problems += [f"missing: {name} {shape}" for name, shape in expected.items() if name not in found]
+    problems += [f"unexpected: {name} {shape}" for name, shape in found.items() if name not in expected]
+    problems += [
+        f"shape: {name} is {found[name]} in the adapter, {shape} in the model"
+        for name, shape in expected.items()
+        if name in found and found[name] != shape
+    ]
+    if problems:
+        raise AdapterMismatchError(
+            f"the adapter does not fit this {model}; nothing was loaded:\n{bullet_list(problems)}\n"
+            "Load the base it was trained on"
+            + (f" ({adapter.base.name})" if adapter.base and adapter.base.name else "")
+            + ", or pass check_base=False if only the base's values are known to differ."
+        )

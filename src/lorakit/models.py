@@ -137,6 +137,8 @@ def adapter_base(folder: str | Path) -> str | None:
     folder = Path(folder).expanduser()
     path = folder / "adapter_config.json"
     if not path.is_file():
+        if not folder.exists():
+            raise ModelError(f"{folder}: no such file or folder{_did_you_mean(folder)}")
         if folder.is_file():
             raise ModelError(f"{folder}: a file that names no base model; name it with --model")
         inside = folder / "best" / "adapter_config.json"

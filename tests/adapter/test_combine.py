@@ -403,3 +403,12 @@ def test_an_adapter_of_weight_zero_brings_nothing():
     handle = two(CASES["mlp"])
     a, b = handle.extract("a"), handle.extract("b")
     assert lorakit.combine([a, b], [0.5, 0.0]).digest() == lorakit.combine([a], [0.5]).digest()
+
+
+def test_updates_that_cancel_leave_no_rank_behind():
+    case = CASES["llama"]
+    handle = lorakit.attach(case.build(), LoRAConfig(r=4))
+    randomise(handle)
+    value = handle.extract()
+    gone = lorakit.combine([value, value], [1.0, -1.0], method="linear")
+    assert {f.r for f in gone.factors.values()} == {1}

@@ -322,6 +322,7 @@ def test_plain_flags_come_from_the_file_too(tmp_path):
     )
     result = run(plain, "--config", file, "--model", "other", "--json")
     assert json.loads(result.stdout) == {
+        "ok": True,
         "data": "rows", "model": "other", "top_p": 0.5, "adapter": ["a", "b"], "count": None, "greedy": True,
     }  # fmt: skip
 
@@ -356,7 +357,14 @@ def run_yaml(path, **changes):
 def test_another_verb_takes_of_it_what_means_the_same_and_says_so(tmp_path):
     file = run_yaml(tmp_path / "run.yaml")
     result = run(like_eval, "test", "--config", file, "--max-length", "5", "--json")
-    assert json.loads(result.stdout) == {"data": "test", "model": "m", "batch_size": 32, "max_length": 5, "seed": 0}
+    assert json.loads(result.stdout) == {
+        "ok": True,
+        "data": "test",
+        "model": "m",
+        "batch_size": 32,
+        "max_length": 5,
+        "seed": 0,
+    }
     assert f"config {file} was written for training; taken from it: model, max_length, seed\n" == result.stderr
 
 
@@ -369,7 +377,14 @@ def test_the_rows_a_run_was_trained_on_are_not_those_to_measure(tmp_path):
 def test_a_file_of_the_verb_itself_is_taken_whole(tmp_path):
     file = write(tmp_path / "eval.yaml", data="test", batch_size=3, model_name_or_path="m")
     result = run(like_eval, "--config", file, "--json")
-    assert json.loads(result.stdout) == {"data": "test", "model": "m", "batch_size": 3, "max_length": 7, "seed": None}
+    assert json.loads(result.stdout) == {
+        "ok": True,
+        "data": "test",
+        "model": "m",
+        "batch_size": 3,
+        "max_length": 7,
+        "seed": None,
+    }
     assert result.stderr == ""
 
 
@@ -469,9 +484,9 @@ def test_people_read_stderr_and_machines_stdout():
 
 def test_emit_is_one_line_of_ascii(capsys):
     emit({"text": "caf\u00e9\nx"}, as_json=True)
-    assert capsys.readouterr().out == '{"text": "caf\\u00e9\\nx"}\n'
+    assert capsys.readouterr().out == '{"ok": true, "text": "caf\\u00e9\\nx"}\n'
 
 
 def test_a_number_that_is_none_is_null(capsys):
     emit({"loss": float("nan"), "all": [1.5, float("inf"), (-float("inf"), {"x": 2})]}, as_json=True)
-    assert json.loads(capsys.readouterr().out) == {"loss": None, "all": [1.5, None, [None, {"x": 2}]]}
+    assert json.loads(capsys.readouterr().out) == {"ok": True, "loss": None, "all": [1.5, None, [None, {"x": 2}]]}

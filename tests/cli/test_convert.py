@@ -1,6 +1,7 @@
 """`lorakit convert` and `lorakit export`: any format to any other, and what a target cannot carry, told beforehand."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -278,3 +279,16 @@ def test_an_alone_component_is_a_model_too(pipeline, tmp_path):
     )
     assert result.exit_code == 0, result.output
     same(Adapter.load(tmp_path / "k", model=unet()), value)
+
+
+def test_what_lies_beside_the_adapter_goes_along_and_nothing_is_overwritten(base, adapter, tmp_path):
+    result, _ = run("convert", adapter, "--to", "peft", "--output", tmp_path / "a")
+    assert result.exit_code == 0, result.stderr
+    for name in ("tokenizer.json", "chat_template.jinja"):
+        assert (tmp_path / "a" / name).read_bytes() == (Path(adapter) / name).read_bytes()
+    result, _ = run("convert", adapter, "--to", "gguf", "--model", base, "--output", tmp_path / "a")
+    assert result.exit_code == 2
+    assert "something is there already" in result.stderr
+    result, _ = run("convert", adapter, "--to", "loralib", "--model", base, "--output", tmp_path / "b.pt")
+    assert result.exit_code == 0, result.stderr
+    assert "loralib holds no tokenizer or chat template" in result.stderr

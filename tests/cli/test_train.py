@@ -43,6 +43,7 @@ def test_prints_few_lines_and_one_object(arguments, tmp_path):
     assert "step 6/6" in result.stderr
     (line,) = result.stdout.splitlines()
     run = json.loads(line)
+    assert run.pop("ok") is True
     assert run == json.loads((tmp_path / "run" / "result.json").read_text())
     assert run["best_loss"] < run["initial_loss"]
     settings = read_yaml(tmp_path / "run" / "run.yaml")

@@ -8,6 +8,7 @@ from adapter.models import llama, randomise
 from lorakit import Adapter, LoRAConfig
 from lorakit.errors import AdapterFileError
 from lorakit.formats import locate, recognise
+from tiny_models import tiny_llama
 
 
 @pytest.fixture
@@ -45,3 +46,12 @@ def test_what_is_no_adapter_says_so(tmp_path):
         Adapter.load(tmp_path)
     with pytest.raises(AdapterFileError, match=r"did you mean .*notes\.txt"):
         recognise(tmp_path / "note.txt")
+
+
+@pytest.mark.parametrize("format", ["peft", "gguf", "loralib"])
+def test_an_adapter_is_not_written_for_a_base_of_other_sizes(format, model, tmp_path):
+    value = lorakit.adapters(model).extract()
+    other = tiny_llama(vocabulary=97, hidden_size=64)
+    with pytest.raises(AdapterFileError, match=r"an update of \d+ x \d+, and the base has"):
+        value.save(tmp_path / "a", format, model=other)
+    assert not (tmp_path / "a").exists()

@@ -187,6 +187,17 @@ def test_a_merged_model_that_differs_is_refused_and_leaves_nothing(tmp_path, mon
     assert not result.proof.passed
 
 
+def test_a_divergence_as_large_as_the_adapters_own_does_not_pass(tmp_path):
+    """What is small for one adapter is all there is to another: a tenth of the distance from the base is the limit."""
+    base = saved(tmp_path / "base", tiny_llama())
+    adapter = adapter_for(base, tmp_path / "adapter")
+    with pytest.raises(MergeError, match="differs from the adapter"):
+        merge(adapters=[adapter], weights=[1e-4], output=tmp_path / "merged", dtype="bf16", minimum_survival=0)
+    result = merge(adapters=[adapter], weights=[1e-4], output=tmp_path / "merged")
+    assert result.proof.limit <= max(result.proof.base.mean_kl / 10, 10 * result.proof.floor.mean_kl)
+    assert result.report.survived <= 1
+
+
 def test_verifying_that_would_not_fit_into_memory_is_refused(tmp_path, monkeypatch):
     base = saved(tmp_path / "base", tiny_llama())
     adapter = adapter_for(base, tmp_path / "adapter")
@@ -208,6 +219,8 @@ def test_wrong_input(tmp_path):
         (ConfigError, "output: .* exists", {"output": tmp_path / "full"}),
         (ConfigError, "weights: 2 for 1", {"weights": [1, 2]}),
         (ConfigError, "at least one", {"adapters": []}),
+        (ConfigError, "not all of them 0", {"weights": [0.0]}),
+        (ConfigError, "max_kl: nats a token", {"max_kl": -1.0}),
         (ConfigError, "nearest or stochastic", {"rounding": "up"}),
         (ConfigError, "dtype", {"dtype": "int3"}),
         (AdapterError, "not made on this base", {"model": other}),

@@ -325,6 +325,11 @@ class AttachedAdapters:
             )
         if isinstance(adapter, str | Path):
             adapter = Adapter.load(adapter, model=self.model)
+        if not isinstance(adapter, Adapter | LoRAConfig):
+            raise AdapterError(
+                f"an adapter is a LoRAConfig (a fresh one), an Adapter or a path, not {type(adapter).__name__}"
+                + ("; LoRAConfig.from_dict makes a config of a dict" if isinstance(adapter, dict) else "")
+            )
         config = adapter.config if isinstance(adapter, Adapter) else adapter
         trainable = isinstance(adapter, LoRAConfig) if trainable is None else trainable
         targets = find_targets(self.model, config)

@@ -159,7 +159,9 @@ def _linear(shell: Adapter, terms: Mapping[str, list[Term]], options: Options) -
     factors = dict(whole.adapter.factors)
     for path, parts in terms.items():
         value = lowrank.svd(*_side_by_side(parts))
-        carries = value.S.max() * 2 * torch.finfo(factors[path].A.dtype).eps  # below it is the rounding of factors
+        # below it is the rounding of factors; of the terms', which may cancel in the sum
+        largest = max(lowrank.frobenius_norm(*p.factors.blocks(), p.weight * p.s) for p in parts)
+        carries = largest * 2 * torch.finfo(factors[path].A.dtype).eps
         rank = max(1, int((carries < value.S).sum(-1).max()))
         if rank < factors[path].r // factors[path].rank_shares:
             factors[path] = refactored(factors[path], *lowrank.balanced(value, rank))

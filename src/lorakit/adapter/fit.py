@@ -65,5 +65,5 @@ def refuse_mismatch(
             f"the adapter does not fit this {model}; nothing was loaded:\n{bullet_list(problems)}\n"
             "Load the base it was trained on"
             + (f" ({adapter.base.name})" if adapter.base and adapter.base.name else "")
-            + ", or pass check_base=False if only the base's values are known to differ."
+            + "; in Python, check_base=False attaches it where only the base's values are known to differ."
         )

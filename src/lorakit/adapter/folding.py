@@ -65,7 +65,8 @@ class FoldReport:
         """Share of the whole update left after rounding: the layers' shares, weighted by the size of their updates."""
         layers = [layer for layer in self.layers if layer.energy]
         total = math.fsum(layer.energy for layer in layers)
-        return math.fsum(layer.survived * layer.energy for layer in layers) / total if total else 1.0
+        # the base's own rounding, to a narrower dtype than it had, can push the projection above 1
+        return min(1.0, math.fsum(layer.survived * layer.energy for layer in layers) / total) if total else 1.0
 
     def check(self, minimum: float) -> None:
         """Refuse a merge that loses too much.

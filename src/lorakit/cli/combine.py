@@ -14,7 +14,9 @@ from lorakit.errors import ConfigError
 @verb("combine")
 @click.argument("adapters", nargs=-1, required=True, metavar="ADAPTER...")
 @click.option("--output", required=True, metavar="FOLDER", help="Where the combined adapter goes.")
-@click.option("--weights", metavar="W,W,...", help="One for each adapter, of any sign; 1 each if left out.")
+@click.option(
+    "--weights", multiple=True, metavar="W,W,...", help="One for each adapter, of any sign; 1 each if left out."
+)
 @click.option(
     "--method",
     default="cat",
@@ -32,7 +34,7 @@ from lorakit.errors import ConfigError
 def command(
     adapters: tuple[str, ...],
     output: str,
-    weights: str | None,
+    weights: tuple[str, ...],
     method: str,
     tokenizer: str | None,
     check_base: bool,
@@ -45,7 +47,7 @@ def command(
     refuse_taken(output)
     files = tokenizer_of(adapters, tokenizer)
     method = method.replace("-", "_")
-    shares = _numbers(weights) if weights is not None else [1.0] * len(adapters)
+    shares = _numbers(weights) if weights else [1.0] * len(adapters)
     result = combine_with_report(adapters, shares, method, Options(**options), check_base=check_base)
     write_adapter(result.adapter, output, files)
     for adapter, share in zip(adapters, shares, strict=True):
@@ -56,12 +58,12 @@ def command(
     emit({**told, **result.to_dict()}, as_json)
 
 
-def _numbers(text: str) -> list[float]:
+def _numbers(texts: tuple[str, ...]) -> list[float]:
     try:
-        return [float(part) for part in text.split(",")]
+        return [float(part) for text in texts for part in text.split(",")]
     except ValueError:
         raise ConfigError(
-            f"--weights: expected numbers with commas between them, e.g. 0.7,0.3 (got {text!r})"
+            f"--weights: expected numbers with commas between them, e.g. 0.7,0.3 (got {', '.join(texts)})"
         ) from None
 
 

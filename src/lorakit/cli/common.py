@@ -59,7 +59,7 @@ def emit(result: Mapping[str, Any], as_json: bool) -> None:
     """
     if as_json:
         # ASCII, so that no terminal encoding can break it
-        click.echo(json.dumps(_finite(result), allow_nan=False))
+        click.echo(json.dumps(_finite({"ok": True, **result}), allow_nan=False))
 
 
 def _finite(value: Any) -> Any:
@@ -243,4 +243,7 @@ def _misfit(parameter: click.Parameter, value: Any) -> str | None:
         if each is not None and isinstance(each, bool) != isinstance(parameter.type, click.types.BoolParamType):
             expected = "true or false" if isinstance(parameter.type, click.types.BoolParamType) else parameter.type.name
             return f"expected {expected}, found {each!r}"
+        whole = isinstance(parameter.type, click.types.IntParamType | click.IntRange)
+        if whole and isinstance(each, float) and each != int(each):
+            return f"expected a whole number, found {each!r}"
     return None

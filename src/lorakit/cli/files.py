@@ -60,6 +60,9 @@ def _parts(context: click.Context, parameter: click.Parameter, value: str | None
     return tuple(words[part] for part in parts)
 
 
+_WITH_TOKENIZER = ("peft", "vllm")  # folders whose readers take the tokenizer beside the adapter
+
+
 def context_of(model: str | None, alpha: float | None, base_reference: str | None = None, **known: Any) -> Context:
     """What is known besides the file: the base's layers, from its config alone, alpha, and the flags above."""
     from lorakit.formats import BaseFacts, Context
@@ -108,15 +111,24 @@ def transcribe(source: str, source_format: str | None, target: str, output: str,
     Raises:
         AdapterFileError: the file is unsound, or the target cannot carry what is in it; nothing is written.
     """
+    from lorakit.cli.outputs import refuse_taken, tokenizer_of
+    from lorakit.files import write_bytes
     from lorakit.formats import codec, load_adapter, recognise, save_adapter
     from lorakit.report import size
 
     codec(target)  # a misspelled name is told before anything is read
     if Path(source).resolve() == Path(output).resolve():
         raise ConfigError(f"--output {output} is the adapter itself; name another place")
+    refuse_taken(output)
+    tokenizer = tokenizer_of([source])
     source_format = source_format or recognise(source)
     value = load_adapter(source, format=source_format, context=context)
     written = save_adapter(value, output, format=target, context=context_for_writing(value, context))
+    kept = tokenizer if target in _WITH_TOKENIZER else {}
+    for name, content in kept.items():  # the chat template it was trained with is part of what it answers
+        write_bytes(written / name, content)
+    if tokenizer and not kept:
+        console.print(f"note   {target} holds no tokenizer or chat template; those beside {source} stay there")
     files = [written] if written.is_file() else [path for path in written.rglob("*") if path.is_file()]
     total = sum(path.stat().st_size for path in files)
     about = value.summary()

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 @click.option("--adapter", "adapters", multiple=True, required=True, metavar="FOLDER", help="May be given again.")
 @click.option("--output", required=True, metavar="FOLDER", help="Where the merged model goes; must not exist yet.")
 @click.option("--model", "--model_name_or_path", help="Hub id, folder, .gguf file or smollm2; else the adapters' base.")
-@click.option("--weights", metavar="W,W,...", help="One for each adapter; without it 1 each.")
+@click.option("--weights", multiple=True, metavar="W,W,...", help="One for each adapter; without it 1 each.")
 @click.option(
     "--dtype", "--torch_dtype", default="auto", show_default=True, help="Of the merged weights: auto, fp32, bf16, fp16."
 )
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 @click.option("--verify/--no-verify", default=True, show_default=True, help="Load what was written and compare it.")
 @click.option("--accept", is_flag=True, help="Write the model even where it does not pass; the certificate says so.")
 def command(
-    adapters: Sequence[str], output: str, weights: str | None, metrics: Sequence[str], as_json: bool, **settings: Any
+    adapters: Sequence[str], output: str, weights: Sequence[str], metrics: Sequence[str], as_json: bool, **settings: Any
 ) -> None:
     """Fold adapters into their base model and write a plain one, with its tokenizer and a certificate.
 
@@ -53,9 +53,9 @@ def command(
     if metrics and settings["data"] is None:
         raise ConfigError("--metric needs --data")
     try:
-        factors = None if weights is None else [float(part) for part in weights.split(",")]
+        factors = None if not weights else [float(part) for value in weights for part in value.split(",")]
     except ValueError:
-        raise ConfigError(f"--weights: numbers with commas between them (got {weights!r})") from None
+        raise ConfigError(f"--weights: numbers with commas between them (got {', '.join(weights)})") from None
     names = [name.strip() for value in metrics for name in value.split(",")]
     optional = {key: settings.pop(key) for key in ("minimum_survival", "max_kl")}
     settings |= {key: value for key, value in optional.items() if value is not None}
@@ -86,7 +86,7 @@ def result_lines(result: Merge) -> Iterator[str]:
     if report.untied:
         yield f"       untied: {', '.join(report.untied)}"
     if proof is None:
-        yield "proof  none: it was not asked for"
+        yield "proof  none (--no-verify)"
     else:
         m = proof.merged
         yield (

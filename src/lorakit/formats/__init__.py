@@ -113,7 +113,22 @@ def obstacles(adapter: Adapter, format: str, context: Context | None = None) -> 
     Raises:
         AdapterFileError: unknown format.
     """
-    return codec(format).obstacles(adapter, context or Context())
+    context = context or Context()
+    return _misfits(adapter, context) + codec(format).obstacles(adapter, context)
+
+
+def _misfits(adapter: Adapter, context: Context) -> list[str]:
+    """Layers that have another size in the base that was named: the adapter is not for it."""
+    modules = context.base.modules if context.base is not None else {}
+    problems = []
+    for path, f in adapter.factors.items():
+        if path in modules and f.kind in ("matrix", "embedding"):
+            sizes = {f.A.shape[1], f.B.shape[0]}
+            if sizes != set(modules[path]):
+                problems.append(
+                    f"{path}: an update of {f.B.shape[0]} x {f.A.shape[1]}, and the base has {modules[path]} there"
+                )
+    return problems
 
 
 def save_adapter(adapter: Adapter, path: str | Path, *, format: str = "peft", context: Context | None = None) -> Path:
@@ -127,7 +142,7 @@ def save_adapter(adapter: Adapter, path: str | Path, *, format: str = "peft", co
         adapter.check(allow_zero=True)
     except AdapterError as error:
         raise AdapterFileError(f"{path}: not written: {error}") from None
-    problems = writer.obstacles(adapter, context)
+    problems = _misfits(adapter, context) + writer.obstacles(adapter, context)
     if problems:
         raise AdapterFileError(f"{path}: not written; the format {format} cannot carry this:\n{bullet_list(problems)}")
     return writer.write(adapter, Path(path), context)

@@ -104,7 +104,8 @@ def merge(
         seed: determines the draws of stochastic rounding.
         minimum_survival: share of the update that must survive rounding.
         verify: load what was written and compare it with base + adapter on prompts (takes the memory of one model).
-        max_kl: largest mean divergence, nats a token; what the dtype alone does, ten times over, passes anyway.
+        max_kl: largest mean divergence, nats a token. Less is asked for where the adapter itself does little (a tenth
+            of its own divergence from the base); what the dtype alone does, ten times over, passes anyway.
         data: rows on which to compare instead of a few general prompts, and to measure both models.
         metrics: as in `evaluate`, for the data.
         limit: take only the first rows of the data.
@@ -129,6 +130,10 @@ def merge(
     factors = [1.0] * len(adapters) if weights is None else list(weights)
     if len(factors) != len(adapters):
         raise ConfigError(f"weights: {len(factors)} for {len(adapters)} adapters; give one each")
+    if not any(factors) or not all(math.isfinite(factor) for factor in factors):
+        raise ConfigError(f"weights: finite numbers, not all of them 0 (got {factors})")
+    if max_kl < 0:
+        raise ConfigError(f"max_kl: nats a token, at least 0 (got {max_kl})")
     stage = on_stage or (lambda _: None)
     paths = [adapter for adapter in adapters if not isinstance(adapter, Adapter)]
     spec = model if model is not None else models.common_base(paths)

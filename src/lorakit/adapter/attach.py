@@ -364,8 +364,7 @@ class AttachedAdapters:
         replace: bool = False,
     ) -> None:
         """Make a saved adapter resident under `name`; it is not activated. Arguments and errors as in `add`."""
-        value = Adapter.load(adapter, model=self.model) if isinstance(adapter, str | Path) else adapter
-        self.add(name, value, trainable=trainable, check_base=check_base, replace=replace)
+        self.add(name, adapter, trainable=trainable, check_base=check_base, replace=replace)
 
     # ------------------------------------------------------------ out
 

@@ -6,7 +6,6 @@ parameters aside and puts the same objects back, so no number of blocks changes 
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from typing import cast
 import torch
 from torch import nn
 
+from lorakit.adapter.updates import seeded
 from lorakit.core.active import Selection
 from lorakit.core.attention import AdaptedAttention
 from lorakit.core.deltas import LayerUpdate, Replacement, StackedUpdate
@@ -108,16 +108,12 @@ def folded_parameters(
         for owner, update in _updates(path, module, selection):
             name, inner, own_name = owner
             own = inner.get_parameter(own_name).detach()
-            generator = None
-            if seed is not None:
-                digest = hashlib.sha256(f"{seed}|{name}".encode()).digest()
-                generator = torch.Generator(own.device).manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+            generator = None if seed is None else seeded(seed, name, own.device)
             folded = fold(own, update, dtype=dtype, generator=generator, where=name)
-            energy = float(update.pow(2).sum(dtype=torch.float64))
             yield (
                 owner,
                 folded.weight,
-                FoldedLayer(name=name, survived=folded.survived, ratio=folded.ratio, energy=energy),
+                FoldedLayer(name=name, survived=folded.survived, ratio=folded.ratio, energy=folded.energy),
             )
 
 

@@ -44,12 +44,12 @@ def _bias(module: nn.Module) -> nn.Parameter:
     return module.get_parameter(bias_name(module))
 
 
-def seeded(seed: int, path: str) -> torch.Generator:
+def seeded(seed: int, path: str, device: torch.device | str = "cpu") -> torch.Generator:
     """A generator that depends on the seed and the layer's path only: not on the order of layers, nor on what was
     drawn before.
     """
     digest = hashlib.sha256(f"{seed}|{path}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
 def fresh_updates(

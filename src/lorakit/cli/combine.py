@@ -6,9 +6,8 @@ from typing import Any
 
 import click
 
-from lorakit.cli.common import console, emit, verb
+from lorakit.cli.common import console, emit, numbers, verb
 from lorakit.cli.outputs import refuse_taken, tokenizer_of, write_adapter
-from lorakit.errors import ConfigError
 
 
 @verb("combine")
@@ -47,7 +46,7 @@ def command(
     refuse_taken(output)
     files = tokenizer_of(adapters, tokenizer)
     method = method.replace("-", "_")
-    shares = _numbers(weights) if weights else [1.0] * len(adapters)
+    shares = numbers("--weights", weights) if weights else [1.0] * len(adapters)
     result = combine_with_report(adapters, shares, method, Options(**options), check_base=check_base)
     write_adapter(result.adapter, output, files)
     for adapter, share in zip(adapters, shares, strict=True):
@@ -56,15 +55,6 @@ def command(
         console.print(line)
     told = {"output": output, "method": method, "weights": shares, "adapters": list(adapters)}
     emit({**told, **result.to_dict()}, as_json)
-
-
-def _numbers(texts: tuple[str, ...]) -> list[float]:
-    try:
-        return [float(part) for text in texts for part in text.split(",")]
-    except ValueError:
-        raise ConfigError(
-            f"--weights: expected numbers with commas between them, e.g. 0.7,0.3 (got {', '.join(texts)})"
-        ) from None
 
 
 def result_lines(result: Any, output: str) -> list[str]:

@@ -20,7 +20,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import click
@@ -60,6 +60,18 @@ def emit(result: Mapping[str, Any], as_json: bool) -> None:
     if as_json:
         # ASCII, so that no terminal encoding can break it
         click.echo(json.dumps(_finite({"ok": True, **result}), allow_nan=False))
+
+
+def numbers(flag: str, values: Sequence[str]) -> list[float]:
+    """What a flag that takes numbers, with commas or given again, was told.
+
+    Raises:
+        ConfigError: something else is among them.
+    """
+    try:
+        return [float(part) for value in values for part in value.split(",")]
+    except ValueError:
+        raise ConfigError(f"{flag}: numbers with commas between them, e.g. 0.7,0.3 (got {', '.join(values)})") from None
 
 
 def _finite(value: Any) -> Any:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lorakit.cli.common import console, emit, verb
+from lorakit.cli.common import console, emit, numbers, verb
 from lorakit.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -52,10 +52,6 @@ def command(
 
     if metrics and settings["data"] is None:
         raise ConfigError("--metric needs --data")
-    try:
-        factors = None if not weights else [float(part) for value in weights for part in value.split(",")]
-    except ValueError:
-        raise ConfigError(f"--weights: numbers with commas between them (got {', '.join(weights)})") from None
     names = [name.strip() for value in metrics for name in value.split(",")]
     optional = {key: settings.pop(key) for key in ("minimum_survival", "max_kl")}
     settings |= {key: value for key, value in optional.items() if value is not None}
@@ -63,7 +59,7 @@ def command(
         result = merge(
             adapters=adapters,
             output=output,
-            weights=factors,
+            weights=numbers("--weights", weights) if weights else None,
             metrics=names or ("loss",),
             on_stage=lambda stage: status.update(stage),
             **settings,

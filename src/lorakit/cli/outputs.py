@@ -24,8 +24,9 @@ def refuse_taken(output: str) -> None:
     Raises:
         AdapterError: the folder is there and not empty.
     """
-    folder = Path(output)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    from lorakit.files import is_vacant
+
+    if not is_vacant(output):
         raise AdapterError(f"--output {output}: something is there already; remove it or name another folder")
 
 

@@ -22,11 +22,13 @@ class Folded:
         survived: share of the update that is in it: <stored - old, update> / <update, update>. 1 where nothing is lost,
         0 where rounding gave the old weight back, nan for an update of zero.
         ratio: ||update|| / ||old weight||.
+        energy: <update, update>.
     """
 
     weight: torch.Tensor
     survived: float
     ratio: float
+    energy: float
 
 
 def fold(
@@ -69,7 +71,7 @@ def fold(
     change = stored.to(wide) - old
     survived = float((change * update).sum(dtype=torch.float64)) / energy if energy else float("nan")
     size = float(torch.linalg.vector_norm(old.double())) if old.numel() else 0.0
-    return Folded(stored, survived, energy**0.5 / size if size else float("inf"))
+    return Folded(stored, survived, energy**0.5 / size if size else float("inf"), energy)
 
 
 def round_stochastically(x: torch.Tensor, dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:

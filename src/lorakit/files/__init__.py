@@ -4,7 +4,15 @@ Writing is atomic, of files (`single`) and of folders (`folders`). Reading is st
 (`json_files`, `tensors`): damage is an error that names the file and the place.
 """
 
-from lorakit.files.folders import MANIFEST, atomic_folder, free_folder, locked_folder, remove_leftovers, verify_folder
+from lorakit.files.folders import (
+    MANIFEST,
+    atomic_folder,
+    free_folder,
+    is_vacant,
+    locked_folder,
+    remove_leftovers,
+    verify_folder,
+)
 from lorakit.files.json_files import JsonLines, parse_json, read_json, write_json
 from lorakit.files.single import fsync_folder, read_bytes, sha256_file, write_bytes, write_text
 from lorakit.files.tensors import (
@@ -25,6 +33,7 @@ __all__ = [
     "atomic_folder",
     "free_folder",
     "fsync_folder",
+    "is_vacant",
     "locked_folder",
     "open_safetensors",
     "parse_json",

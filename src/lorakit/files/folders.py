@@ -98,8 +98,17 @@ def free_folder(wanted: str | Path) -> Path:
     return next(folder for folder in itertools.chain([wanted], numbered) if _is_free(folder))
 
 
+def is_vacant(folder: str | Path) -> bool:
+    """Whether nothing is there, or an empty folder: a place where something new can be put."""
+    return _holds_at_most(Path(folder), set())
+
+
 def _is_free(folder: Path) -> bool:
-    return not folder.exists() or (folder.is_dir() and {entry.name for entry in folder.iterdir()} <= {_LOCK})
+    return _holds_at_most(folder, {_LOCK})
+
+
+def _holds_at_most(folder: Path, names: set[str]) -> bool:
+    return not folder.exists() or (folder.is_dir() and {entry.name for entry in folder.iterdir()} <= names)
 
 
 def _previous(target: Path) -> Path:

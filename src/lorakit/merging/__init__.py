@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lorakit import files, machine, models
+from lorakit.adapter import folding
 from lorakit.adapter.attach import AttachedAdapters, attach
 from lorakit.adapter.folding import MINIMUM_SURVIVAL, FoldReport
 from lorakit.adapter.value import Adapter
@@ -121,7 +122,7 @@ def merge(
     """
     start = time.perf_counter()
     output = Path(output)
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+    if not files.is_vacant(output):
         raise ConfigError(f"output: {output} exists; choose another folder, or remove it first")
     if rounding not in ("nearest", "stochastic"):
         raise ConfigError(f"rounding: nearest or stochastic (got {rounding!r})")
@@ -223,12 +224,11 @@ def _merge_in_memory(
 ) -> FoldReport:
     loaded, _ = models.load_model(spec, "fp32" if dtype == "auto" else dtype, "cpu")
     handle = _attach_all(loaded, values, factors)
-    report = handle.merge_report(seed=draws)
-    merged = handle.merge(
-        minimum_survival=float("-inf"), rounding="nearest" if draws is None else "stochastic", seed=draws or 0
-    )
+    report = handle.merge_report(seed=draws)  # whoever called judges it; `handle.merge` would compute it once more
+    folding.fold_in(loaded, handle.adapted_modules(), handle.active_selection(), draws)
+    handle.detach()
     with quiet(progress_bars=False):
-        merged.save_pretrained(target)  # type: ignore[operator]
+        loaded.save_pretrained(target)
     return report
 
 

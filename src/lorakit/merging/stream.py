@@ -47,7 +47,19 @@ class Checkpoint:
     def open(self) -> Iterator[Mapping[str, Mapping[str, torch.Tensor]]]:
         """file name -> its tensors, read from disk when they are asked for."""
         with contextlib.ExitStack() as stack:
-            yield {name: stack.enter_context(files.open_safetensors(self.folder / name)) for name in self.shards}
+            yield _Shards(self.folder, stack)
+
+
+class _Shards(dict[str, Mapping[str, torch.Tensor]]):
+    """file name -> its tensors; a file is opened when it is first asked for, and closed with the stack."""
+
+    def __init__(self, folder: Path, stack: contextlib.ExitStack) -> None:
+        super().__init__()
+        self._folder, self._stack = folder, stack
+
+    def __missing__(self, name: str) -> Mapping[str, torch.Tensor]:
+        self[name] = self._stack.enter_context(files.open_safetensors(self._folder / name))
+        return self[name]
 
 
 class NotStreamableError(ModelError):

@@ -25,6 +25,8 @@ from transformers import (
     ViTForImageClassification,
 )
 
+import lorakit
+from lorakit import Adapter, LoRAConfig
 from lorakit.adapter.attach import AttachedAdapters
 from tiny_models import DECODER_SIZES
 
@@ -240,3 +242,12 @@ def randomise(handle: AttachedAdapters, name: str = "default", size: float = 0.2
     with torch.no_grad():
         for parameter in handle.trainable_tensors(name).values():
             parameter.add_(torch.empty(parameter.shape).normal_(0, size, generator=generator).to(parameter))
+
+
+def trained(model: nn.Module, config: LoRAConfig) -> Adapter:
+    """A random adapter of the model, as a value; the model is as it was."""
+    handle = lorakit.attach(model, config)
+    randomise(handle)
+    value = handle.extract()
+    handle.detach()
+    return value

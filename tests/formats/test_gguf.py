@@ -12,6 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 import lorakit
+from adapter import models
 from adapter.models import CASES, randomise
 from lorakit import Adapter, LoRAConfig
 from lorakit.errors import AdapterFileError
@@ -27,11 +28,7 @@ def untied_llama():
 
 def trained(model, **settings):
     """A random adapter of the model, as a value."""
-    handle = lorakit.attach(model, LoRAConfig(**{"r": 4, "alpha": 6.0, **settings}))
-    randomise(handle)
-    value = handle.extract()
-    handle.detach()
-    return value
+    return models.trained(model, LoRAConfig(**{"r": 4, "alpha": 6.0, **settings}))
 
 
 def context_of(model, **settings):

@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import load_file
 
 import lorakit
-from adapter.models import CASES, randomise
+from adapter import models
+from adapter.models import CASES
 from lorakit import Adapter, LoRAConfig
 from lorakit.errors import AdapterFileError
 from lorakit.formats import Context, obstacles, recognise, save_adapter
@@ -16,11 +17,7 @@ from tiny_models import tiny_llama
 
 
 def trained(model, **settings):
-    handle = lorakit.attach(model, LoRAConfig(**{"r": 4, "alpha": 6.0, **settings}))
-    randomise(handle)
-    value = handle.extract()
-    handle.detach()
-    return value
+    return models.trained(model, LoRAConfig(**{"r": 4, "alpha": 6.0, **settings}))
 
 
 def as_vllm_reads(folder):

@@ -72,7 +72,30 @@ class LoRALayer:
             nn.init.zeros_(self.lora_B)
 
 
-class Linear(nn.Linear, LoRALayer):
+class _OnLinear(nn.Linear, LoRALayer):
+    """What `Linear` and `MergedLinear` share: the frozen layer, whichever way round its weight lies."""
+
+    fan_in_fan_out: bool
+
+    def _lay_out(self) -> None:
+        """Draw all tensors a second time, as loralib does: the same draws give the same numbers. Then turn the weight
+        round.
+        """
+        self.reset_parameters()
+        if self.fan_in_fan_out:
+            self.weight.data = self.weight.data.T.contiguous()
+
+    def reset_parameters(self) -> None:
+        """Fresh weights and factors."""
+        nn.Linear.reset_parameters(self)
+        self._start_factors()
+
+    def _base_output(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., in) -> (..., out), without the update."""
+        return F.linear(x, self.weight.T if self.fan_in_fan_out else self.weight, self.bias)
+
+
+class Linear(_OnLinear):
     """`nn.Linear` plus scaling * x A^T B^T, with A (r, in), B (out, r)."""
 
     def __init__(
@@ -91,14 +114,7 @@ class Linear(nn.Linear, LoRALayer):
         self.fan_in_fan_out = fan_in_fan_out
         if r > 0:
             self._give_factors(self.weight, *LINEAR.shapes(self, r, "Linear"))
-        self.reset_parameters()  # a second time, as there: the same draws give the same numbers
-        if fan_in_fan_out:
-            self.weight.data = self.weight.data.T.contiguous()
-
-    def reset_parameters(self) -> None:
-        """Fresh weights and factors."""
-        nn.Linear.reset_parameters(self)
-        self._start_factors()
+        self._lay_out()
 
     def delta(self) -> torch.Tensor:
         """The dense update, scale included, in the layout of `weight`."""
@@ -107,13 +123,13 @@ class Linear(nn.Linear, LoRALayer):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., in) -> (..., out)."""
-        y = F.linear(x, self.weight.T if self.fan_in_fan_out else self.weight, self.bias)
+        y = self._base_output(x)
         if self.r == 0:
             return y
         return y + LINEAR.up(self, LINEAR.down(self, self.lora_dropout(x), self.lora_A), self.lora_B) * self.scaling
 
 
-class MergedLinear(nn.Linear, LoRALayer):
+class MergedLinear(_OnLinear):
     """`nn.Linear` whose output is n equal parts, k of them each with an update of rank r: A (k r, in), B (k out/n,
     r).
     """
@@ -142,14 +158,7 @@ class MergedLinear(nn.Linear, LoRALayer):
         if r > 0 and self._enabled:
             part, k = out_features // len(enable_lora), len(self._enabled)
             self._give_factors(self.weight, (k * r, in_features), (k * part, r))
-        self.reset_parameters()
-        if fan_in_fan_out:
-            self.weight.data = self.weight.data.T.contiguous()
-
-    def reset_parameters(self) -> None:
-        """Fresh weights and factors."""
-        nn.Linear.reset_parameters(self)
-        self._start_factors()
+        self._lay_out()
 
     def delta(self) -> torch.Tensor:
         """The dense update, scale included, in the layout of `weight`."""
@@ -167,7 +176,7 @@ class MergedLinear(nn.Linear, LoRALayer):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., in) -> (..., out)."""
-        y = F.linear(x, self.weight.T if self.fan_in_fan_out else self.weight, self.bias)
+        y = self._base_output(x)
         if self.r == 0 or not self._enabled:
             return y
         k = len(self._enabled)

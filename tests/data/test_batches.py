@@ -25,13 +25,24 @@ def example(ids, trained):
 def test_rows_lie_end_to_end_and_predict_within_themselves():
     rows = [example([1, 2, 3], [0, 0, 1]), example([9], [0]), example([4, 5, 6, 7], [0, 1, 0, 1])]
     batch = collate(rows, [2, 0])
-    assert batch.ids.tolist() == [4, 5, 6, 7, 1, 2, 3]
-    assert batch.positions.tolist() == [0, 1, 2, 3, 0, 1, 2]
-    assert batch.lengths == (4, 3)
-    assert batch.predict.tolist() == [0, 2, 5]
+    assert batch.ids.tolist() == [4, 5, 6, 1, 2]
+    assert batch.positions.tolist() == [0, 1, 2, 0, 1]
+    assert batch.lengths == (3, 2)
+    assert batch.predict.tolist() == [0, 2, 4]
     assert batch.targets.tolist() == [5, 7, 3]
     assert batch.rows == (2, 0)
     assert {tensor.dtype for tensor in (batch.ids, batch.positions, batch.predict, batch.targets)} == {torch.int64}
+
+
+def test_what_follows_the_last_place_that_predicts_is_left_out():
+    batch = collate([example([1, 2, 3, 4, 5], [0, 1, 1, 0, 0]), example([7, 8], [0, 0])], [0, 1])
+    assert batch.ids.tolist() == [1, 2, 7]
+    assert batch.targets.tolist() == [2, 3]
+
+
+def read(row):
+    """What the model must see of a row: all that stands before its last target."""
+    return row.ids[: max((i for i, trained in enumerate(row.trained) if trained), default=1)]
 
 
 @given(st.lists(examples(), min_size=1, max_size=6))
@@ -40,9 +51,10 @@ def test_each_trained_token_is_a_target_of_the_token_before_it_in_its_row(rows):
     start, expected = 0, []
     for row in rows:
         expected += [(start + i - 1, row.ids[i]) for i, trained in enumerate(row.trained) if trained]
-        assert batch.ids[start : start + len(row.ids)].tolist() == row.ids
-        assert batch.positions[start : start + len(row.ids)].tolist() == list(range(len(row.ids)))
-        start += len(row.ids)
+        length = len(read(row))
+        assert batch.ids[start : start + length].tolist() == read(row)
+        assert batch.positions[start : start + length].tolist() == list(range(length))
+        start += length
     assert list(zip(batch.predict.tolist(), batch.targets.tolist(), strict=True)) == expected
     assert sum(batch.lengths) == len(batch.ids) == start
 
@@ -70,9 +82,9 @@ def test_what_rows_share_stands_once_and_every_target_has_the_tokens_before_it(r
     targets = batch.targets.tolist()
     for index, place, fork in zip(batch.rows, row_places(batch.lengths, batch.forks), batch.forks, strict=True):
         row = rows[index]
-        assert fork == 0 or 8 <= fork < len(row.ids)
-        assert batch.ids[place].tolist() == row.ids
-        assert batch.positions[place].tolist() == list(range(len(row.ids)))
+        assert fork == 0 or 8 <= fork < len(read(row))
+        assert batch.ids[place].tolist() == read(row)
+        assert batch.positions[place].tolist() == list(range(len(read(row))))
         for i, trained in enumerate(row.trained):
             if trained:
                 assert (predict.pop(0), targets.pop(0)) == (place[i - 1], row.ids[i])
@@ -81,9 +93,9 @@ def test_what_rows_share_stands_once_and_every_target_has_the_tokens_before_it(r
 
 
 def test_a_beginning_that_saves_little_is_not_set_apart():
-    rows = [example([*range(7), 50], [0] * 7 + [1]), example([*range(7), 60], [0] * 7 + [1])]
+    rows = [example([*range(7), 50, 1], [0] * 8 + [1]), example([*range(7), 60, 1], [0] * 8 + [1])]
     assert collate(rows, [0, 1], share=True).forks == (0, 0)
-    rows = [example([*range(8), 50], [0] * 8 + [1]), example([*range(8), 60], [0] * 8 + [1])]
+    rows = [example([*range(8), 50, 1], [0] * 9 + [1]), example([*range(8), 60, 1], [0] * 9 + [1])]
     assert collate(rows, [1, 0], share=True).forks == (0, 8)
 
 
@@ -96,7 +108,7 @@ def test_a_batch_moves_whole():
     batch = collate([example([1, 2], [0, 1])], [0]).to("meta")
     assert isinstance(batch, Batch)
     assert {tensor.device.type for tensor in (batch.ids, batch.positions, batch.predict, batch.targets)} == {"meta"}
-    assert batch.lengths == (2,)
+    assert batch.lengths == (1,)
 
 
 LENGTHS = st.lists(st.integers(1, 300), min_size=1, max_size=60)

@@ -11,7 +11,7 @@ from lorakit.training.objectives import cross_entropy_sum, cross_entropy_sum_ref
 @pytest.mark.parametrize("rows", [0, 1, 7, 200])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-6), (torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
 def test_value_and_gradient(rows, dtype, tolerance, monkeypatch):
-    monkeypatch.setattr(objectives, "_CHUNK_ELEMENTS", 50 * 33)  # several chunks, the last one short
+    monkeypatch.setattr(objectives, "_CHUNK_ON_CPU", 50 * 33)  # several chunks, the last one short
     torch.manual_seed(0)
     values, targets = torch.randn(rows, 33).to(dtype) * 4, torch.randint(0, 33, (rows,))
     results = []

@@ -21,6 +21,8 @@ LEAST_SHARED = 8  # tokens; a shorter common beginning saves less than setting i
 class Batch:
     """A micro-batch: rows end to end in one sequence of T tokens, with L targets. All tensors int64.
 
+    A row is what the model reads of an example: its tokens up to the last one that predicts a target.
+
     Rows that begin alike may form a tree: what a row has in common with the row before it stands once, there, and the
     row brings only the rest, its own tokens.
     """
@@ -87,7 +89,9 @@ def row_places(lengths: Sequence[int], forks: Sequence[int]) -> list[torch.Tenso
 def collate(examples: Sequence[Example], indices: Sequence[int], *, share: bool = False) -> Batch:
     """Lay the examples at `indices` end to end.
 
-    The first token of a row is never a target: nothing in its row predicts it, and the row before must not.
+    The first token of a row is never a target: nothing in its row predicts it, and the row before must not. What follows
+    the last token that predicts one (the end token itself, what a template puts after it, turns that are not trained)
+    is left out: no token before it could tell.
 
     Args:
         examples: all of them.
@@ -97,28 +101,35 @@ def collate(examples: Sequence[Example], indices: Sequence[int], *, share: bool 
             tokens before it, and their gradient is the sum over the rows that have them.
     """
     assert all(examples[i].ids and not examples[i].trained[0] for i in indices), "a row is empty or trains its start"
+    read = {i: _read(examples[i]) for i in indices}
     if share:
-        indices = sorted(indices, key=lambda i: (examples[i].ids, i))
-    chosen = [examples[i] for i in indices]
+        indices = sorted(indices, key=lambda i: (read[i], i))
+    chosen = [read[i] for i in indices]
     forks = [0] * len(chosen)
     if share:
-        forks[1:] = [_fork(before.ids, row.ids) for before, row in itertools.pairwise(chosen)]
-    lengths = tuple(len(row.ids) for row in chosen)
+        forks[1:] = [_fork(before, row) for before, row in itertools.pairwise(chosen)]
+    lengths = tuple(len(row) for row in chosen)
     places = row_places(lengths, forks)
-    flags = [torch.tensor(row.trained) for row in chosen]
-    predict = torch.cat([place[:-1][flag[1:]] for place, flag in zip(places, flags, strict=True)])
+    flags = [torch.tensor(examples[i].trained) for i in indices]
+    predict = torch.cat([place[flag[1:].nonzero().flatten()] for place, flag in zip(places, flags, strict=True)])
     different, source = torch.unique(predict, return_inverse=True)
     repeats = len(different) < len(predict)
     return Batch(
-        ids=torch.tensor([token for row, fork in zip(chosen, forks, strict=True) for token in row.ids[fork:]]),
+        ids=torch.tensor([token for row, fork in zip(chosen, forks, strict=True) for token in row[fork:]]),
         positions=torch.cat([torch.arange(fork, n) for fork, n in zip(forks, lengths, strict=True)]),
         lengths=lengths,
         forks=tuple(forks),
         predict=different if repeats else predict,
         source=source if repeats else None,
-        targets=torch.cat([torch.tensor(row.ids)[flag] for row, flag in zip(chosen, flags, strict=True)]),
+        targets=torch.cat([torch.tensor(examples[i].ids)[flag] for i, flag in zip(indices, flags, strict=True)]),
         rows=tuple(indices),
     )
+
+
+def _read(example: Example) -> list[int]:
+    """The tokens before its last target; the first one of an example without targets."""
+    last = max((i for i, trained in enumerate(example.trained) if trained), default=1)
+    return example.ids[:last]
 
 
 def _fork(before: Sequence[int], row: Sequence[int]) -> int:

@@ -174,7 +174,7 @@ class TrainConfig(Config):
     """
 
     eval_steps: int | None = None
-    """Steps between evaluations; None: eight times a run, less often (at least twice) where that would take more than a
+    """Steps between evaluations; None: five times a run, less often (at least twice) where that would take more than a
     tenth of its time."""
 
     save_steps: int | None = None

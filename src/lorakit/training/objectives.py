@@ -13,33 +13,39 @@ from lorakit.data.chat import Example
 from lorakit.fusion import fused
 from lorakit.packing import packed_attention, packed_logits
 
-_CHUNK_ELEMENTS = 1 << 22  # fp32 workspace of the loss: 16 MiB
+# How many logits the loss looks at together: it passes over them several times, so on a CPU few enough to stay in the
+# cache (2 MiB in fp32), elsewhere enough to be worth a launch.
+_CHUNK_ON_CPU = 1 << 19
+_CHUNK = 1 << 22
+
+
+def _chunk_rows(logits: torch.Tensor) -> int:
+    """How many rows of `logits` (L, V) make a chunk."""
+    return max(1, (_CHUNK_ON_CPU if logits.device.type == "cpu" else _CHUNK) // logits.shape[1])
 
 
 class _CrossEntropySum(torch.autograd.Function):
     """Sum of token losses; the gradient is computed in the forward pass, chunk by chunk, in the dtype of the logits.
 
-    Never holds an fp32 copy of all logits: per chunk of rows, loss = logsumexp(z) - z[target] and dloss/dz =
+    Never holds an fp32 copy of all logits: per chunk of rows, loss = -log softmax(z)[target] and dloss/dz =
     softmax(z) - onehot(target).
     """
 
     @staticmethod
     def forward(ctx: Any, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        rows, vocabulary = logits.shape  # (L, V)
         want_gradient = ctx.needs_input_grad[0]
-        gradient = torch.empty_like(logits) if want_gradient else None
+        gradient = torch.empty_like(logits) if want_gradient else None  # (L, V)
         total = logits.new_zeros((), dtype=torch.float32)
-        step = max(1, _CHUNK_ELEMENTS // vocabulary)
-        for start in range(0, rows, step):
-            chunk = logits[start : start + step]
-            z = chunk.float()  # (l, V)
+        step = _chunk_rows(logits)
+        for start in range(0, len(logits), step):
+            chunk = logits[start : start + step]  # (l, V)
             target = targets[start : start + step, None]  # (l, 1)
-            log_partition = torch.logsumexp(z, dim=-1, keepdim=True)
-            total += (log_partition - z.gather(1, target)).sum()
-            if gradient is not None:
-                own = gradient[start : start + step]
-                workspace = own if z is chunk else z  # never the caller's logits
-                softmax = torch.sub(z, log_partition, out=workspace).exp_()
+            own = None if gradient is None else gradient[start : start + step]
+            in_place = own if own is not None and own.dtype == torch.float32 else None
+            log_p = torch.log_softmax(chunk, dim=-1, dtype=torch.float32, out=in_place)
+            total -= log_p.gather(1, target).sum()
+            if own is not None:
+                softmax = log_p.exp_()
                 softmax.scatter_add_(1, target, softmax.new_full((1, 1), -1.0).expand_as(target))
                 if softmax is not own:
                     own.copy_(softmax)
@@ -85,7 +91,7 @@ def token_losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     Returns:
         (L,) fp32.
     """
-    step = max(1, _CHUNK_ELEMENTS // logits.shape[1])
+    step = _chunk_rows(logits)
     losses = [logits.new_zeros(0, dtype=torch.float32)]
     for z, target in zip(torch.split(logits, step), torch.split(targets, step), strict=True):
         losses.append(torch.nn.functional.cross_entropy(z.float(), target, reduction="none"))

@@ -47,8 +47,9 @@ from lorakit.training.verify import weights_checksum
 from lorakit.version import __version__
 
 ADAPTER_NAME = "default"
-EVALUATIONS = 8  # a run, unless eval_steps says otherwise or they would take more than their share of its time
+EVALUATIONS = 5  # a run, unless eval_steps says otherwise or they would take more than their share of its time
 EVALUATION_SHARE = 0.1
+CHECKPOINTS = 8  # a run, unless save_steps or eval_steps says otherwise
 SAMPLE_TOKENS = 64
 _CONTENTS = (
     "run.yaml",
@@ -224,12 +225,12 @@ def _resolved(config: TrainConfig, device: torch.device, plan: Plan, valid_token
         dtype=next(name for name, known in machine.DTYPES.items() if known == dtype),
         eval_steps=config.eval_steps
         or math.ceil(plan.total_steps / _evaluations(plan, valid_tokens, config.early_stop)),
-        save_steps=config.save_steps or config.eval_steps or math.ceil(plan.total_steps / EVALUATIONS),
+        save_steps=config.save_steps or config.eval_steps or math.ceil(plan.total_steps / CHECKPOINTS),
     )
 
 
 def _evaluations(plan: Plan, valid_tokens: int, early_stop: int | None = None) -> int:
-    """How often a run evaluates: eight times, less often where that would take long, at least twice, and often enough
+    """How often a run evaluates: five times, less often where that would take long, at least twice, and often enough
     for `early_stop` to have its say.
 
     A token costs half as much in evaluation as in training: the forward pass, where the backward pass through frozen

@@ -118,3 +118,80 @@ def test_functions_are_equal_only_in_every_part():
     assert not _same_code(named_otherwise, apply_rotary_pos_emb)
     assert not _same_code(apply_rotary_pos_emb, nn.Identity())  # what it becomes where `kernels` is installed
     assert not _same_code(nn.Identity(), apply_rotary_pos_emb)
+
+
+def nodes(loss):
+    """Names of the autograd nodes behind a loss, each as often as it is there."""
+    seen, names, open_ = set(), [], [loss.grad_fn]
+    while open_:
+        node = open_.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            names.append(node.name())
+            open_ += [parent for parent, _ in node.next_functions]
+    return names
+
+
+def test_layers_given_the_same_tensor_compute_together():
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**SMALL))
+    handle = lorakit.attach(model, LoRAConfig(r=4, init="random"))
+    ids = torch.arange(3, 40)[None]
+    plain = loss_and_gradient(model, handle)
+    with fused(model):
+        for _ in range(2):
+            with fused(model):  # as evaluations within a training loop do
+                model.eval()(input_ids=ids)
+            assert sum("LoRALinears" in name for name in nodes(model(input_ids=ids, labels=ids).loss)) == 2 * 4
+        torch.testing.assert_close(loss_and_gradient(model, handle), plain, rtol=1e-4, atol=1e-5)
+    assert sum("LoRALinears" in name for name in nodes(model(input_ids=ids, labels=ids).loss)) == 2 * 7
+
+
+class Crossing(nn.Module):
+    """Attention from one sequence to another, by the usual names."""
+
+    def __init__(self):
+        super().__init__()
+        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(6, 6) for _ in range(3))
+        self.rms = LlamaRMSNorm(6)
+
+    def forward(self, x, y):
+        return self.q_proj(x) @ self.k_proj(y).T @ self.v_proj(y)
+
+
+def test_layers_given_other_tensors_than_their_names_say_compute_alone():
+    torch.manual_seed(0)
+    model = Crossing()
+    lorakit.attach(model, LoRAConfig(r=2, init="random"))
+    x, y = torch.randn(4, 6), torch.randn(5, 6)
+    plain = model(x, y)
+    with fused(model):
+        for _ in range(2):
+            torch.testing.assert_close(model(x, y), plain)
+        torch.testing.assert_close(model(x, x), model(x, x.clone()))
+        assert model.k_proj.lorakit_shared is None
+
+
+def test_a_tensor_that_changed_in_between_is_another():
+    torch.manual_seed(0)
+    model = Crossing()
+    lorakit.attach(model, LoRAConfig(r=2, init="random"))
+    with fused(model), torch.no_grad():
+        expected = model.k_proj(torch.ones(1, 6))
+    with fused(model):
+        x = torch.zeros(1, 6)
+        model.q_proj(x)
+        x += 1
+        torch.testing.assert_close(model.k_proj(x), expected)
+
+
+def test_another_adapter_for_the_second_layer_is_seen():
+    torch.manual_seed(0)
+    model = Crossing()
+    handle = lorakit.attach(model, LoRAConfig(r=2, init="random"))
+    x = torch.randn(1, 6)
+    with fused(model):
+        model.q_proj(x)
+        with handle.disabled():
+            base = model.k_proj(x)
+        assert torch.equal(base, nn.functional.linear(x, model.k_proj.weight, model.k_proj.bias))

@@ -2,7 +2,8 @@
 
 While `fused(model)` is entered, each RMSNorm, SwiGLU block and rotary embedding of the model whose code *is* Llama's
 (its compiled form is compared, so a model that differs in one operation is left alone) runs as one autograd node: fewer
-passes over memory and fewer tensors kept for the backward pass. Knows no adapters and no losses.
+passes over memory and fewer tensors kept for the backward pass. Adapted layers whose names say that they are given the
+same tensor compute together (`core.shared`). Knows no losses.
 """
 
 from __future__ import annotations
@@ -19,8 +20,15 @@ from transformers.activations import SiLUActivation
 from transformers.models.llama import modeling_llama as llama
 
 from lorakit.core import kernels
+from lorakit.core.layer import AdaptedLayer
+from lorakit.core.shared import share
 
 _ROTARY = "apply_rotary_pos_emb"
+_SAME_INPUT = (  # names of layers in the order in which models call them
+    ("q_proj", "k_proj", "v_proj"),
+    ("query", "key", "value"),
+    ("gate_proj", "up_proj"),
+)
 
 
 @contextlib.contextmanager
@@ -31,6 +39,7 @@ def fused(model: nn.Module) -> Iterator[int]:
         How many modules run fast.
     """
     changed: list[nn.Module] = []
+    shared = share(_siblings(model))
     try:
         for module in model.modules():
             forward = None if "forward" in vars(module) else _fast_forward(module)
@@ -41,6 +50,18 @@ def fused(model: nn.Module) -> Iterator[int]:
     finally:
         for module in changed:
             vars(module).pop("forward", None)
+        for group in shared:
+            group.leave()
+
+
+def _siblings(model: nn.Module) -> Iterator[list[AdaptedLayer]]:
+    """Adapted layers of one module that are probably given the same tensor."""
+    for module in model.modules():
+        for names in _SAME_INPUT:
+            layers = [getattr(module, name, None) for name in names]
+            found = [layer for layer in layers if isinstance(layer, AdaptedLayer) and layer.lorakit_shared is None]
+            if len(found) > 1:
+                yield found
 
 
 def _fast_forward(module: nn.Module) -> Callable[..., Any] | None:

@@ -4,8 +4,10 @@ import pytest
 import torch
 
 from lorakit.core.kernels import (
+    LoRAOperands,
     lora_linear,
     lora_linear_reference,
+    lora_linears,
     rms_norm,
     rms_norm_reference,
     rotary,
@@ -22,6 +24,33 @@ def operands(dtype=torch.float64, factors=None, bias=True):
     W, b = torch.randn(6, 7, dtype=dtype), torch.randn(6, dtype=dtype) if bias else None
     A, B = (torch.randn(*s, dtype=factors, requires_grad=True) for s in ((3, 7), (6, 3)))
     return x, W, b, A, B
+
+
+@pytest.mark.parametrize("trained", [(True,) * 5, (False, True, True, False, True), (True, False, False, False, True)])
+def test_layers_together_equal_layers_alone(trained):
+    """Of different widths and ranks, whatever of x and the factors is trained."""
+    torch.manual_seed(0)
+    tensors = [torch.randn(*shape, dtype=torch.float64) for shape in ((2, 5, 7), (3, 7), (6, 3), (2, 7), (4, 2))]
+    tensors = [tensor.requires_grad_(flag) for tensor, flag in zip(tensors, trained, strict=True)]
+    frozen = torch.randn(6, 7, dtype=torch.float64), torch.randn(6, dtype=torch.float64), torch.randn(4, 7).double()
+
+    def operands(A, B, C, D):
+        return [LoRAOperands(frozen[0], frozen[1], A, B, 0.7), LoRAOperands(frozen[2], None, C, D, -2.0)]
+
+    def alone(x, *factors):
+        return [lora_linear_reference(x, *one) for one in operands(*factors)]
+
+    def gradients(function):
+        loss = sum((i + 1.0) * y.sin().sum() for i, y in enumerate(function(*tensors)))
+        return torch.autograd.grad(loss, [tensor for tensor in tensors if tensor.requires_grad])
+
+    def together(x, *factors):
+        return lora_linears(x, operands(*factors))
+
+    for fast, reference in zip(together(*tensors), alone(*tensors), strict=True):
+        torch.testing.assert_close(fast, reference)
+    for fast, reference in zip(gradients(together), gradients(alone), strict=True):
+        torch.testing.assert_close(fast, reference)
 
 
 @pytest.mark.parametrize("bias", [True, False])

@@ -66,15 +66,17 @@ class LoRA(nn.Module):
             or weight.dtype != x.dtype
         )
 
-    def fused_forward(self, site: Site, layer: nn.Module, x: torch.Tensor, weight: float) -> torch.Tensor | None:
-        """Base and update together for a frozen dense Linear without dropout; None where that does not apply."""
+    def fused(self, site: Site, layer: Any, x: torch.Tensor, weight: float) -> kernels.LoRAOperands | None:
+        """What base and update compute with together, for a frozen dense Linear without dropout; None where that does
+        not apply.
+        """
         if (
             not isinstance(site, LinearSite)
             or isinstance(site, TransposedLinearSite)
             or not self.can_fuse(x, layer.weight)
         ):
             return None
-        return kernels.lora_linear(x, layer.weight, layer.bias, self.A, self.B, self.s * weight)  # type: ignore[arg-type]
+        return kernels.LoRAOperands(layer.weight, layer.bias, self.A, self.B, self.s * weight)
 
     def dense(self, site: Site) -> torch.Tensor:
         """s B A in fp32, in the layout of the layer's weight."""

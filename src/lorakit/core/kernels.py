@@ -5,56 +5,115 @@ First derivatives only, and none for what is frozen: nothing that trains here ne
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 
-class _LoRALinear(torch.autograd.Function):
-    """y = x W^T + b + s (x A^T) B^T with W and b frozen; A and B may be wider in dtype than x.
+class _LoRALinears(torch.autograd.Function):
+    """y_i = x W_i^T + b_i + s_i (x A_i^T) B_i^T for layers given the same x, with W and b frozen; A and B may be wider
+    in dtype than x.
 
-    Against autograd's own graph: x is saved once and in its own dtype (no fp32 copy), and the rank-r products are added
-    in place to the big ones.
+    Against autograd's own graph: x is saved once and in its own dtype (no fp32 copy), the rank-r products are added in
+    place to the big ones, and all A_i meet x (and its gradient) as one matrix.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, W: torch.Tensor, b: torch.Tensor | None, A: torch.Tensor, B: torch.Tensor, s: float
-    ) -> torch.Tensor:
-        h = x @ A.to(x.dtype).T  # (T, r)
-        ctx.save_for_backward(x, h, W, A, B)
-        ctx.s = s
-        return F.linear(x, W, b).addmm_(h, B.to(x.dtype).T, alpha=s)  # (T, out)
+        ctx: Any, x: torch.Tensor, scales: tuple[float, ...], *tensors: torch.Tensor | None
+    ) -> tuple[torch.Tensor, ...]:
+        W, b, A, B = (tensors[i::4] for i in range(4))
+        h = x @ _stacked(A, x.dtype).T  # (T, R), R the sum of ranks
+        ctx.save_for_backward(x, h, *W, *A, *B)
+        ctx.scales = scales
+        ranks = [len(A_i) for A_i in A]  # type: ignore[arg-type]
+        return tuple(
+            F.linear(x, W_i, b_i).addmm_(h_i, B_i.to(x.dtype).T, alpha=s)  # (T, out_i)
+            for W_i, b_i, h_i, B_i, s in zip(W, b, h.split(ranks, dim=1), B, scales, strict=True)
+        )
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, h, W, A, B = ctx.saved_tensors
-        g = grad_outputs[0]  # (T, out)
-        g_h = (g @ B.to(x.dtype)).mul_(ctx.s)  # (T, r), the gradient of h
-        grad_x = grad_A = grad_B = None
+        x, h, *rest = ctx.saved_tensors
+        n = len(ctx.scales)
+        W, A, B = rest[:n], rest[n : 2 * n], rest[2 * n :]
+        ranks = [len(A_i) for A_i in A]
+        g_h = [
+            (g @ B_i.to(x.dtype)).mul_(s) for g, B_i, s in zip(grad_outputs, B, ctx.scales, strict=True)
+        ]  # of h: (T, r_i) each
+        g_h = g_h[0] if n == 1 else torch.cat(g_h, dim=1)
+        grad_x = grad_A = None
         if ctx.needs_input_grad[0]:
-            grad_x = (g @ W).addmm_(g_h, A.to(x.dtype))
-        if ctx.needs_input_grad[3]:
-            grad_A = (g_h.T @ x).to(A.dtype)
-        if ctx.needs_input_grad[4]:
-            grad_B = (h.T @ g).mul_(ctx.s).to(B.dtype).T  # a thin left factor: half the time of g.T @ h
-        return grad_x, None, None, grad_A, grad_B, None
+            grad_x = grad_outputs[0] @ W[0]
+            for g, W_i in zip(grad_outputs[1:], W[1:], strict=True):
+                grad_x.addmm_(g, W_i)
+            grad_x.addmm_(g_h, _stacked(A, x.dtype))
+        if any(ctx.needs_input_grad[4::4]):
+            grad_A = (g_h.T @ x).split(ranks)
+        grads: list[torch.Tensor | None] = [grad_x, None]
+        for i, (g, h_i, s) in enumerate(zip(grad_outputs, h.split(ranks, dim=1), ctx.scales, strict=True)):
+            needs_A, needs_B = ctx.needs_input_grad[4 + 4 * i : 6 + 4 * i]
+            grads += [None, None, grad_A[i].to(A[i].dtype) if needs_A and grad_A is not None else None]
+            # a thin left factor: half the time of g.T @ h
+            grads.append((h_i.T @ g).mul_(s).to(B[i].dtype).T if needs_B else None)
+        return tuple(grads)
+
+
+def _stacked(A: Sequence[torch.Tensor | None], dtype: torch.dtype) -> torch.Tensor:
+    matrices = [matrix.to(dtype) for matrix in A if matrix is not None]
+    return matrices[0] if len(matrices) == 1 else torch.cat(matrices)
+
+
+class LoRAOperands(NamedTuple):
+    """What one layer computes with: x W^T + b + s x A^T B^T.
+
+    Attributes:
+        W: (out, in), frozen, of x's dtype.
+        b: (out,), frozen, or None.
+        A: (r, in), any floating dtype; computed with in x's, its gradient in its own.
+        B: (out, r), as A.
+        s: scale.
+    """
+
+    W: torch.Tensor
+    b: torch.Tensor | None
+    A: torch.Tensor
+    B: torch.Tensor
+    s: float
+
+
+def lora_linears(x: torch.Tensor, layers: Sequence[LoRAOperands]) -> tuple[torch.Tensor, ...]:
+    """Every layer's x W^T + b + s x A^T B^T in one autograd node.
+
+    Args:
+        x: (..., in), which all of them are given.
+        layers: at least one.
+
+    Returns:
+        (..., out) of each, in x's dtype.
+    """
+    flat = x.reshape(-1, x.shape[-1])
+    scales = tuple(layer.s for layer in layers)
+    tensors = [tensor for W, b, A, B, _ in layers for tensor in (W, b, A, B)]
+    results: tuple[torch.Tensor, ...] = _LoRALinears.apply(flat, scales, *tensors)  # type: ignore[no-untyped-call]
+    return tuple(y.view(*x.shape[:-1], -1) for y in results)
 
 
 def lora_linear(
     x: torch.Tensor, W: torch.Tensor, b: torch.Tensor | None, A: torch.Tensor, B: torch.Tensor, s: float
 ) -> torch.Tensor:
-    """x W^T + b + s x A^T B^T in one autograd node.
+    """x W^T + b + s x A^T B^T in one autograd node: `lora_linears` of one layer.
 
     Args:
         x: (..., in).
-        W: (out, in), frozen, of x's dtype.
-        b: (out,), frozen, or None.
-        A: (r, in), any floating dtype; computed with in x's, its gradient in its own.
-        B: (out, r), as A.
+        W: see `LoRAOperands`, as for the four after it.
+        b: bias.
+        A: down.
+        B: up.
         s: scale.
 
     Returns:
@@ -64,8 +123,7 @@ def lora_linear(
         flat = x.reshape(-1, x.shape[-1])
         added = F.linear(flat, W, b).addmm_(flat @ A.to(x.dtype).T, B.to(x.dtype).T, alpha=s)
         return added.view(*x.shape[:-1], -1)
-    y: torch.Tensor = _LoRALinear.apply(x.reshape(-1, x.shape[-1]), W, b, A, B, s)  # type: ignore[no-untyped-call]
-    return y.view(*x.shape[:-1], -1)
+    return lora_linears(x, [LoRAOperands(W, b, A, B, s)])[0]
 
 
 def lora_linear_reference(

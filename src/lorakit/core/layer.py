@@ -6,15 +6,17 @@ weight stays where it is, and whoever asks `isinstance(layer, nn.Linear)` or rea
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar, cast
 
 import torch
 from torch import nn
 
+from lorakit.core import kernels
 from lorakit.core.active import ActiveState, Route, Rows, Selection
 from lorakit.core.deltas import LayerUpdate, Replacement, call_replaced
 from lorakit.core.routed import add_stacked, stackable
+from lorakit.core.shared import SharedInput
 from lorakit.core.sites import Site
 from lorakit.errors import AdapterError
 
@@ -67,9 +69,11 @@ class AdaptedLayer(AdaptedModule):
 
     Attributes:
         lorakit_site: how the layer multiplies; None where only its bias is trained.
+        lorakit_shared: the layers that are given the same input, while they compute together.
     """
 
     lorakit_site: Site | None
+    lorakit_shared: SharedInput | None = None
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """The base's output plus, for each active adapter with weight w: w s B A x + w (bias - base bias)."""
@@ -79,18 +83,30 @@ class AdaptedLayer(AdaptedModule):
         active = cast("list[tuple[LayerUpdate, float]]", self.active_updates(selection))
         if not active:
             return super().forward(x, *args, **kwargs)  # type: ignore[no-any-return]
-        if len(active) == 1 and not args and not kwargs:
-            (update, weight) = active[0]
-            lora = update.low_rank_alone
-            if lora is not None and self.lorakit_site is not None:
-                fused = lora.fused_forward(self.lorakit_site, self, x, weight)
-                if fused is not None:
-                    return fused
+        if not args and not kwargs:
+            if self.lorakit_shared is not None and torch.is_grad_enabled():
+                shared = self.lorakit_shared.output(self, x, selection)
+                if shared is not None:
+                    return shared
+            fused = self._fused(active, x)
+            if fused is not None:
+                return kernels.lora_linear(x, *fused)
         y: torch.Tensor = super().forward(x, *args, **kwargs)
         for update, weight in active:
             for change in self._changes(update, x, y):
                 y = y + (change if weight == 1.0 else change * weight)
         return y
+
+    def fusable(self, selection: Selection, x: torch.Tensor) -> kernels.LoRAOperands | None:
+        """What the layer's whole forward for `x` is, if that is base and one low-rank update in one node; else None."""
+        return self._fused(cast("list[tuple[LayerUpdate, float]]", self.active_updates(selection)), x)
+
+    def _fused(self, active: Sequence[tuple[LayerUpdate, float]], x: torch.Tensor) -> kernels.LoRAOperands | None:
+        if len(active) != 1 or self.lorakit_site is None:
+            return None
+        ((update, weight),) = active
+        lora = update.low_rank_alone
+        return None if lora is None else lora.fused(self.lorakit_site, self, x, weight)
 
     def _routed(self, route: Route, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """The base's output plus, at the rows of each adapter, what that adapter adds for them."""

@@ -1,5 +1,8 @@
 """What runs fast computes what the model's own code computes; what differs in one operation is left alone."""
 
+import contextlib
+import functools
+
 import pytest
 import torch
 from torch import nn
@@ -17,18 +20,18 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_
 
 import lorakit
 from lorakit import LoRAConfig
-from lorakit.fusion import _same_code, fused
+from lorakit.fusion import KEEP, _same_code, fused, keeps
 from tiny_models import SMALL
 
-MODELS = {  # and how many of its modules run fast: norms, SwiGLU blocks, attentions with rotary
-    "llama": (lambda: LlamaForCausalLM(LlamaConfig(**SMALL)), 5 + 2 + 2),
-    "qwen3: norms of q and k too": (lambda: Qwen3ForCausalLM(Qwen3Config(**SMALL)), 9 + 2 + 2),
+MODELS = {  # and how many of its modules run fast: norms, SwiGLU blocks, attentions with rotary, last layers
+    "llama": (lambda: LlamaForCausalLM(LlamaConfig(**SMALL)), 5 + 2 + 2 + 1),
+    "qwen3: norms of q and k too": (lambda: Qwen3ForCausalLM(Qwen3Config(**SMALL)), 9 + 2 + 2 + 1),
     "mixtral: experts are no SwiGLU block": (
         lambda: MixtralForCausalLM(MixtralConfig(**SMALL, experts_implementation="eager")),
-        5 + 0 + 2,
+        5 + 0 + 2 + 0,
     ),
-    "gemma2: its norm adds one, its block is GeGLU": (lambda: Gemma2ForCausalLM(Gemma2Config(**SMALL)), 0 + 0 + 2),
-    "llama with GELU": (lambda: LlamaForCausalLM(LlamaConfig(**SMALL, hidden_act="gelu")), 5 + 0 + 2),
+    "gemma2: its norm adds one, its block is GeGLU": (lambda: Gemma2ForCausalLM(Gemma2Config(**SMALL)), 0 + 0 + 2 + 0),
+    "llama with GELU": (lambda: LlamaForCausalLM(LlamaConfig(**SMALL, hidden_act="gelu")), 5 + 0 + 2 + 1),
 }
 
 
@@ -103,6 +106,44 @@ def with_defaults(q, k, cos, sin, unsqueeze_dim=2):  # as Llama's but for the de
     q_embed = (q * cos) + (rotate_half(q) * sin)
     k_embed = (k * cos) + (rotate_half(k) * sin)
     return q_embed, k_embed
+
+
+def test_what_a_decorator_wraps_counts():
+    def decorated(function):
+        @functools.wraps(function)
+        def wrapper(*args):
+            return function(*args)
+
+        return wrapper
+
+    assert _same_code(decorated(rotate_half), decorated(rotate_half))
+    assert not _same_code(decorated(rotate_half), decorated(apply_rotary_pos_emb))
+    assert not _same_code(decorated(rotate_half), rotate_half)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3: norms of q and k too"])
+def test_the_last_layer_goes_on_only_where_it_is_read(name):
+    torch.manual_seed(0)
+    model = MODELS[name][0]()
+    handle = lorakit.attach(model, LoRAConfig(r=4, init="random"))
+    ids, places = torch.arange(3, 40)[None], torch.tensor([2, 3, 30])
+    results = []
+    for fast in (False, True):
+        with fused(model) if fast else contextlib.nullcontext():
+            assert keeps(model) == fast
+            logits = model(input_ids=ids, **({KEEP: places} if fast else {})).logits
+        logits = logits if fast else logits[:, places]
+        gradients = torch.autograd.grad(logits.sin().sum(), handle.trainable_parameters(), allow_unused=True)
+        results.append([logits, *(g for g in gradients if g is not None)])
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_a_last_layer_that_is_checkpointed_is_left_alone():
+    model = MODELS["llama"][0]()
+    model.activation_checkpointing_enable()
+    with fused(model):
+        assert not keeps(model)
 
 
 def test_functions_are_equal_only_in_every_part():

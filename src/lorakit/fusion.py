@@ -3,7 +3,8 @@
 While `fused(model)` is entered, each RMSNorm, SwiGLU block and rotary embedding of the model whose code *is* Llama's
 (its compiled form is compared, so a model that differs in one operation is left alone) runs as one autograd node: fewer
 passes over memory and fewer tensors kept for the backward pass. Adapted layers whose names say that they are given the
-same tensor compute together (`core.shared`). Knows no losses.
+same tensor compute together (`core.shared`), and the last decoder layer's MLP runs only for tokens whose result is read
+(`KEEP`). Knows no losses.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from lorakit.core import kernels
 from lorakit.core.layer import AdaptedLayer
 from lorakit.core.shared import share
 
+KEEP = "lorakit_keep"  # keyword under which the places to keep, (P,), travel through forward() to `_last_layer`
 _ROTARY = "apply_rotary_pos_emb"
 _SAME_INPUT = (  # names of layers in the order in which models call them
     ("q_proj", "k_proj", "v_proj"),
@@ -41,8 +43,9 @@ def fused(model: nn.Module) -> Iterator[int]:
     changed: list[nn.Module] = []
     shared = share(_siblings(model))
     try:
+        last = _last_of(model)
         for module in model.modules():
-            forward = None if "forward" in vars(module) else _fast_forward(module)
+            forward = None if "forward" in vars(module) else _fast_forward(module, module is last)
             if forward is not None:
                 vars(module)["forward"] = forward
                 changed.append(module)
@@ -52,6 +55,19 @@ def fused(model: nn.Module) -> Iterator[int]:
             vars(module).pop("forward", None)
         for group in shared:
             group.leave()
+
+
+def keeps(model: nn.Module) -> bool:
+    """Whether the running `fused(model)` heeds `KEEP`: the model then gives logits for those places only."""
+    last = _last_of(model)
+    forward = None if last is None else vars(last).get("forward")
+    return isinstance(forward, functools.partial) and forward.func is _last_layer
+
+
+def _last_of(model: nn.Module) -> nn.Module | None:
+    """The last layer of a language model as transformers lays them out: `<prefix>.layers`."""
+    layers = getattr(getattr(model, str(getattr(model, "base_model_prefix", "")), None), "layers", None)
+    return layers[-1] if isinstance(layers, nn.ModuleList) and len(layers) else None
 
 
 def _siblings(model: nn.Module) -> Iterator[list[AdaptedLayer]]:
@@ -64,9 +80,13 @@ def _siblings(model: nn.Module) -> Iterator[list[AdaptedLayer]]:
                 yield found
 
 
-def _fast_forward(module: nn.Module) -> Callable[..., Any] | None:
+def _fast_forward(module: nn.Module, is_last: bool) -> Callable[..., Any] | None:
     """A forward for this module that computes the same faster, or None."""
     own = type(module).forward
+    if is_last:
+        checkpointed = getattr(module, "gradient_checkpointing", False)  # by its own forward, which is to be replaced
+        same = _same_code(own, llama.LlamaDecoderLayer.forward) and not checkpointed
+        return functools.partial(_last_layer, module) if same else None
     if _same_code(own, llama.LlamaRMSNorm.forward):
         return functools.partial(_rms_norm, module)
     if _same_code(own, llama.LlamaMLP.forward):
@@ -87,13 +107,16 @@ def _fast_forward(module: nn.Module) -> Callable[..., Any] | None:
 def _same_code(function: Any, known: Any) -> bool:
     """Whether two functions take the same arguments and are compiled from the same statements.
 
-    Names of local variables, comments, docstrings and annotations may differ. (With the package `kernels` installed,
+    Names of local variables, comments, docstrings and annotations may differ. What a decorator has wrapped is compared
+    too: transformers wraps the forward of every decoder layer alike. (With the package `kernels` installed,
     `known` may be no function but a module; then nothing equals it.)
     """
     return (
         isinstance(function, types.FunctionType)
         and isinstance(known, types.FunctionType)
         and _essence(function) == _essence(known)
+        and hasattr(function, "__wrapped__") == hasattr(known, "__wrapped__")
+        and (not hasattr(function, "__wrapped__") or _same_code(function.__wrapped__, known.__wrapped__))  # type: ignore[attr-defined]
     )
 
 
@@ -116,6 +139,17 @@ def _rms_norm(module: Any, hidden_states: torch.Tensor) -> torch.Tensor:
 
 def _mlp(module: Any, x: torch.Tensor) -> torch.Tensor:
     output: torch.Tensor = module.down_proj(kernels.swiglu(module.gate_proj(x), module.up_proj(x)))
+    return output
+
+
+def _last_layer(module: Any, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+    """Llama's decoder layer; after its attention, only the places to keep go on."""
+    keep = kwargs.pop(KEEP, None)
+    attended, _ = module.self_attn(hidden_states=module.input_layernorm(hidden_states), **kwargs)
+    hidden_states = hidden_states + attended
+    if keep is not None:
+        hidden_states = hidden_states[:, keep]
+    output: torch.Tensor = hidden_states + module.mlp(module.post_attention_layernorm(hidden_states))
     return output
 
 

@@ -125,7 +125,9 @@ def test_a_shared_beginning_changes_nothing_but_rounding(make, dtype, tolerance)
         together = collate(rows, indices, share=True)
         in_that_order = collate(rows, together.rows)
         assert together.forks.count(0) == 2  # the first row, and the one that shares nothing
-        assert max(together.forks) == 38  # a row that is there twice keeps its last token (and the 40th predicts nothing)
+        assert (
+            max(together.forks) == 38
+        )  # a row that is there twice keeps its last token (and the 40th predicts nothing)
         assert len(together.ids) == len(in_that_order.ids) - sum(together.forks)
         shared, gradient_shared = logits_and_gradient(model, together)
     alone, gradient_alone = logits_and_gradient(model, in_that_order)

@@ -22,17 +22,15 @@ class _LoRALinears(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, x: torch.Tensor, scales: tuple[float, ...], *tensors: torch.Tensor | None
-    ) -> tuple[torch.Tensor, ...]:
-        W, b, A, B = (tensors[i::4] for i in range(4))
+    def forward(ctx: Any, x: torch.Tensor, scales: tuple[float, ...], *tensors: Any) -> tuple[torch.Tensor, ...]:
+        W, b, A, B = (tensors[i::4] for i in range(4))  # b's may be None
         h = x @ _stacked(A, x.dtype).T  # (T, R), R the sum of ranks
         ctx.save_for_backward(x, h, *W, *A, *B)
         ctx.scales = scales
-        ranks = [len(A_i) for A_i in A]  # type: ignore[arg-type]
+        ranks = [len(A_i) for A_i in A]
         return tuple(
             F.linear(x, W_i, b_i).addmm_(h_i, B_i.to(x.dtype).T, alpha=s)  # (T, out_i)
-            for W_i, b_i, h_i, B_i, s in zip(W, b, h.split(ranks, dim=1), B, scales, strict=True)
+            for W_i, b_i, h_i, B_i, s in zip(W, b, torch.split(h, ranks, dim=1), B, scales, strict=True)
         )
 
     @staticmethod
@@ -42,10 +40,8 @@ class _LoRALinears(torch.autograd.Function):
         n = len(ctx.scales)
         W, A, B = rest[:n], rest[n : 2 * n], rest[2 * n :]
         ranks = [len(A_i) for A_i in A]
-        g_h = [
-            (g @ B_i.to(x.dtype)).mul_(s) for g, B_i, s in zip(grad_outputs, B, ctx.scales, strict=True)
-        ]  # of h: (T, r_i) each
-        g_h = g_h[0] if n == 1 else torch.cat(g_h, dim=1)
+        parts = [(g @ B_i.to(x.dtype)).mul_(s) for g, B_i, s in zip(grad_outputs, B, ctx.scales, strict=True)]
+        g_h = parts[0] if n == 1 else torch.cat(parts, dim=1)  # (T, R), the gradient of h
         grad_x = grad_A = None
         if ctx.needs_input_grad[0]:
             grad_x = grad_outputs[0] @ W[0]
@@ -53,9 +49,9 @@ class _LoRALinears(torch.autograd.Function):
                 grad_x.addmm_(g, W_i)
             grad_x.addmm_(g_h, _stacked(A, x.dtype))
         if any(ctx.needs_input_grad[4::4]):
-            grad_A = (g_h.T @ x).split(ranks)
+            grad_A = torch.split(g_h.T @ x, ranks)
         grads: list[torch.Tensor | None] = [grad_x, None]
-        for i, (g, h_i, s) in enumerate(zip(grad_outputs, h.split(ranks, dim=1), ctx.scales, strict=True)):
+        for i, (g, h_i, s) in enumerate(zip(grad_outputs, torch.split(h, ranks, dim=1), ctx.scales, strict=True)):
             needs_A, needs_B = ctx.needs_input_grad[4 + 4 * i : 6 + 4 * i]
             grads += [None, None, grad_A[i].to(A[i].dtype) if needs_A and grad_A is not None else None]
             # a thin left factor: half the time of g.T @ h
@@ -63,8 +59,8 @@ class _LoRALinears(torch.autograd.Function):
         return tuple(grads)
 
 
-def _stacked(A: Sequence[torch.Tensor | None], dtype: torch.dtype) -> torch.Tensor:
-    matrices = [matrix.to(dtype) for matrix in A if matrix is not None]
+def _stacked(A: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+    matrices = [matrix.to(dtype) for matrix in A]
     return matrices[0] if len(matrices) == 1 else torch.cat(matrices)
 
 

@@ -89,9 +89,9 @@ def row_places(lengths: Sequence[int], forks: Sequence[int]) -> list[torch.Tenso
 def collate(examples: Sequence[Example], indices: Sequence[int], *, share: bool = False) -> Batch:
     """Lay the examples at `indices` end to end.
 
-    The first token of a row is never a target: nothing in its row predicts it, and the row before must not. What follows
-    the last token that predicts one (the end token itself, what a template puts after it, turns that are not trained)
-    is left out: no token before it could tell.
+    The first token of a row is never a target: nothing in its row predicts it, and the row before must not. What comes
+    after the last token that predicts one (the end token itself, what a template puts after it, turns that are not
+    trained) is left out: no token before it could tell.
 
     Args:
         examples: all of them.

@@ -24,6 +24,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from lorakit.core.deltas import LoRA
 from lorakit.data.batches import Batch
+from lorakit.fusion import KEEP, keeps
 from lorakit.packing.attention import ATTENTION_NAME, LAYOUT
 from lorakit.packing.layout import Layout
 
@@ -128,7 +129,15 @@ def _longest_packable(model: torch.nn.Module, windows: set[int | None]) -> float
 def _logits(
     model: torch.nn.Module, ids: torch.Tensor, positions: torch.Tensor, predict: torch.Tensor, extra: dict[str, Any]
 ) -> torch.Tensor:
-    """One forward of (1, T) tokens; the output head runs at `predict` only, where the model can do that."""
+    """One forward of (1, T) tokens; the output head (and the last MLP) run at `predict` only, where the model can do
+    that.
+    """
+    if keeps(model):
+        kept: torch.Tensor = model(
+            input_ids=ids[None], position_ids=positions[None], use_cache=False, **{**extra, KEEP: predict}
+        ).logits.squeeze(0)
+        assert len(kept) == len(predict), "the model does more after its last layer than was thought"
+        return kept
     if "logits_to_keep" in inspect.signature(model.forward).parameters:
         extra = {**extra, "logits_to_keep": predict}
         predict = torch.arange(len(predict), device=predict.device)

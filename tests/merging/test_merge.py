@@ -208,6 +208,30 @@ def test_verifying_that_would_not_fit_into_memory_is_refused(tmp_path, monkeypat
     assert result.proof is None
 
 
+@pytest.mark.parametrize("how", ["streamed", "in memory"])
+def test_a_base_without_tokenizer_is_merged_but_not_verified(how, tmp_path):
+    base = saved(tmp_path / "base", tiny_llama())
+    adapter = adapter_for(base, tmp_path / "adapter")
+    expected = logits(adapted(base, (adapter, 1.0)))
+    for file in (tmp_path / "base").iterdir():
+        if file.name not in ("config.json", "generation_config.json", "model.safetensors"):
+            file.unlink()
+    if how == "in memory":
+        torch.save(load_file(tmp_path / "base/model.safetensors"), tmp_path / "base/pytorch_model.bin")
+        (tmp_path / "base/model.safetensors").unlink()
+    with pytest.raises(ModelError, match=r"holds no tokenizer .*verifying needs one.* --no-verify"):
+        merge(adapters=[adapter], output=tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+    result = merge(adapters=[adapter], output=tmp_path / "merged", verify=False)
+    assert result.how.startswith(how)
+    assert not result.tokenizer
+    assert torch.allclose(logits(reloaded(tmp_path / "merged")), expected, atol=2e-4)
+    byte_tokenizer().save_pretrained(adapter)  # the adapter's own does as well
+    result = merge(adapters=[adapter], output=tmp_path / "verified")
+    assert result.tokenizer
+    assert result.proof.passed
+
+
 def test_wrong_input(tmp_path):
     base = saved(tmp_path / "base", tiny_llama())
     adapter = adapter_for(base, tmp_path / "adapter")

@@ -40,6 +40,7 @@ class Merge:
         report: how much of the update survived rounding, per parameter.
         proof: the comparison with base + adapter; None if it was not asked for.
         scores: metric -> (base + adapter, merged), on the data, if there were any.
+        tokenizer: whether one was found and put beside the weights.
         accepted: it did not pass and was written all the same, as asked.
         seconds: wall time.
     """
@@ -50,6 +51,7 @@ class Merge:
     report: FoldReport
     proof: Proof | None
     scores: dict[str, tuple[float, float]]
+    tokenizer: bool
     accepted: bool
     seconds: float
 
@@ -64,6 +66,7 @@ class Merge:
             "untied": list(self.report.untied),
             "proof": None if self.proof is None else self.proof.to_dict(),
             "scores": {metric: {"adapter": a, "merged": m} for metric, (a, m) in self.scores.items()},
+            "tokenizer": self.tokenizer,
             "accepted_without_passing": self.accepted,
             "seconds": round(self.seconds, 2),
         }
@@ -104,7 +107,8 @@ def merge(
         rounding: nearest, or stochastic, which keeps small updates in the mean.
         seed: determines the draws of stochastic rounding.
         minimum_survival: share of the update that must survive rounding.
-        verify: load what was written and compare it with base + adapter on prompts (takes the memory of one model).
+        verify: load what was written and compare it with base + adapter on prompts (takes the memory of one model, and
+            a tokenizer: the adapter's or the base's).
         max_kl: largest mean divergence, nats a token. Less is asked for where the adapter itself does little (a tenth
             of its own divergence from the base); what the dtype alone does, ten times over, passes anyway.
         data: rows on which to compare instead of a few general prompts, and to measure both models.
@@ -118,6 +122,7 @@ def merge(
     Raises:
         MergeError: too little of the update survives, or the merged model differs too much; nothing is written. Also
             where verifying would not fit into memory.
+        NoTokenizerError: neither the base nor the adapter has a tokenizer, and the merge is to be verified.
         AdapterError, AdapterMismatchError, AdapterFileError, ModelError, ConfigError: as in `attach` and `load_model`.
     """
     start = time.perf_counter()
@@ -152,9 +157,7 @@ def merge(
         stream.check_base(named, stream.base_info(checkpoint, skeleton))
     except stream.NotStreamableError as error:
         checkpoint, reason = None, str(error)
-    tokenizer = models.load_tokenizer(spec)
-    if len(paths) == 1:
-        tokenizer = models.tokenizer_beside(paths[0], skeleton, tokenizer)
+    tokenizer = _tokenizer(spec, paths, skeleton, needed=verify)
 
     with files.atomic_folder(output) as building:
         stage("folding")
@@ -171,7 +174,8 @@ def merge(
                 report.check(minimum_survival)
             except AdapterError as error:
                 raise MergeError(f"{error} (accept=True writes it all the same)") from None
-        tokenizer.save_pretrained(building)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(building)
         found: Proof | None = None
         scores: dict[str, tuple[float, float]] = {}
         if verify:
@@ -188,6 +192,7 @@ def merge(
             report=report,
             proof=found,
             scores=scores,
+            tokenizer=tokenizer is not None,
             accepted=not survived or (found is not None and not found.passed),
             seconds=time.perf_counter() - start,
         )
@@ -211,6 +216,23 @@ def _rows(data: str | Path | Sequence[Row], limit: int | None) -> list[Row]:
     return rows[:limit]
 
 
+def _tokenizer(spec: str, paths: Sequence[str | Path], skeleton: Any, *, needed: bool) -> Any:
+    """The only adapter's own tokenizer, else the base's; None where there is none and it is not needed."""
+    lacking: models.NoTokenizerError | None = None
+    try:
+        tokenizer = models.load_tokenizer(spec)
+    except models.NoTokenizerError as error:
+        tokenizer, lacking = None, error
+    if len(paths) == 1:
+        tokenizer = models.tokenizer_beside(paths[0], skeleton, tokenizer)
+    if tokenizer is None and needed:
+        raise models.NoTokenizerError(
+            f"{lacking}, and verifying needs one: it compares answers to prompts. Put the model's tokenizer files into "
+            "its folder, or merge without verifying (verify=False, --no-verify)"
+        )
+    return tokenizer
+
+
 def _attach_all(model: Any, values: Sequence[Adapter], factors: Sequence[float]) -> AttachedAdapters:
     handle = attach(model, values[0], name="0")
     for i, value in enumerate(values[1:], 1):
@@ -222,7 +244,7 @@ def _attach_all(model: Any, values: Sequence[Adapter], factors: Sequence[float])
 def _merge_in_memory(
     spec: str, values: Sequence[Adapter], factors: Sequence[float], dtype: str, draws: int | None, target: Path
 ) -> FoldReport:
-    loaded, _ = models.load_model(spec, "fp32" if dtype == "auto" else dtype, "cpu")
+    loaded = models.load_weights(spec, "fp32" if dtype == "auto" else dtype, "cpu")
     handle = _attach_all(loaded, values, factors)
     report = handle.merge_report(seed=draws)  # whoever called judges it; `handle.merge` would compute it once more
     folding.fold_in(loaded, handle.adapted_modules(), handle.active_selection(), draws)
@@ -278,7 +300,7 @@ def _verify(
         )
         return result.scores
 
-    adapted, _ = models.load_model(spec, dtype, device)
+    adapted = models.load_weights(spec, dtype, device)
     handle = _attach_all(adapted, values, factors)
     stop = models.stop_ids(adapted, tokenizer)
     chat_format = ChatFormat(tokenizer, stop, max_length=512)

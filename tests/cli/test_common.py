@@ -89,6 +89,20 @@ def plain(data, model, top_p, adapter, count, greedy, as_json):
     )
 
 
+@verb("positional")
+@click.argument("adapters", nargs=-1, required=True)
+def positional(adapters, as_json):
+    """Take adapters as `combine` does."""
+    emit({"adapters": list(adapters)}, as_json)
+
+
+@verb("flagged")
+@click.option("--adapter", "adapters", multiple=True, required=True)
+def flagged(adapters, as_json):
+    """Take adapters as `merge` and `eval` do."""
+    emit({"adapters": list(adapters)}, as_json)
+
+
 @verb("failing")
 @click.option("--how", type=click.Choice(["data", "interrupt", "bug"]))
 def failing(how, as_json):
@@ -332,7 +346,7 @@ def test_plain_flags_come_from_the_file_too(tmp_path):
     [
         ({"modle": "m"}, "unknown key 'modle'; did you mean model"),
         ({"json": True}, "unknown key 'json'"),
-        ({"top_p": 1, "top-p": 2}, "sets 'top_p' a second time"),
+        ({"top_p": 1, "top-p": 2}, "'top_p' sets 'top-p' a second time"),
         ({"count": [1]}, "count: takes one value, found a list of 1"),
         ({"count": True}, "count: expected integer, found True"),
         ({"greedy": "yes"}, "greedy: expected true or false, found 'yes'"),
@@ -343,6 +357,32 @@ def test_bad_plain_values_in_a_file_are_refused(tmp_path, values, message):
     result = run(plain, "rows", "--model", "m", "--config", write(tmp_path / "c.yaml", **values))
     assert result.exit_code == 2
     assert message in result.stderr
+
+
+@pytest.mark.parametrize("command", [positional, flagged])
+@pytest.mark.parametrize("key", ["adapter", "adapters"])
+@pytest.mark.parametrize("value", ["a", ["a", "b"]])
+def test_a_file_names_adapters_in_the_singular_or_the_plural(tmp_path, command, key, value):
+    result = run(command, "--config", write(tmp_path / "c.yaml", **{key: value}), "--json")
+    assert json.loads(result.stdout)["adapters"] == list(value)
+
+
+@pytest.mark.parametrize("command", [positional, flagged])
+def test_adapters_given_in_both_spellings_are_refused(tmp_path, command):
+    result = run(command, "--config", write(tmp_path / "c.yaml", adapter="a", adapters=["b"]))
+    assert result.exit_code == 2
+    assert "'adapters' sets 'adapter' a second time" in result.stderr
+
+
+@pytest.mark.parametrize("verb_name", ["chat", "generate", "inspect", "compress", "convert", "export"])
+def test_a_verb_of_one_adapter_names_the_key_to_use(tmp_path, verb_name):
+    for values, message in [
+        ({"adapters": "a"}, "unknown key 'adapters'; did you mean adapter"),
+        ({"adapter": ["a", "b"]}, "adapter: takes one value, found a list of 2"),
+    ]:
+        result = run(main, verb_name, "--config", write(tmp_path / "c.yaml", **values))
+        assert result.exit_code == 2
+        assert message in result.stderr
 
 
 # ---------------------------------------------------------------- a file written for training

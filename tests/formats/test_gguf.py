@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM, 
 import lorakit
 from adapter import models
 from adapter.models import CASES, randomise
+from gguf_files import gguf_file
 from lorakit import Adapter, LoRAConfig
 from lorakit.errors import AdapterFileError
 from lorakit.formats import BaseFacts, Context, gguf_container, load_adapter, obstacles, recognise, save_adapter
@@ -92,24 +93,9 @@ def base_tensors(model, architecture):
 
 
 def write_base(path, model, architecture, tensors):
-    config = model.config
-    writer = gguf.GGUFWriter(path, architecture)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_dimension_count(config.hidden_size // config.num_attention_heads)
-    writer.add_rope_freq_base(10000.0)
-    writer.add_vocab_size(config.vocab_size)
-    for name, data in tensors.items():
-        writer.add_tensor(name, data.astype(np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    with gguf_file(path, architecture, model.config) as writer:
+        for name, data in tensors.items():
+            writer.add_tensor(name, data.astype(np.float32))
 
 
 def qwen2():
@@ -236,17 +222,13 @@ def test_files_of_the_converter_in_other_types_are_read(tensor_type, tmp_path):
     model = tiny_llama()
     kind = gguf.GGMLQuantizationType[tensor_type]
     A, B = np.random.default_rng(0).normal(size=(32, 32)), np.random.default_rng(1).normal(size=(32, 32))
-    writer = gguf.GGUFWriter(tmp_path / "a.gguf", "llama")
-    writer.add_type(gguf.GGUFType.ADAPTER)
-    writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
-    writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, 64.0)
-    for letter, data in (("a", A), ("b", B)):
-        stored = gguf.quants.quantize(data.astype(np.float32), kind)
-        writer.add_tensor(f"blk.1.attn_output.weight.lora_{letter}", stored, raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    with gguf_file(tmp_path / "a.gguf") as writer:
+        writer.add_type(gguf.GGUFType.ADAPTER)
+        writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+        writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, 64.0)
+        for letter, data in (("a", A), ("b", B)):
+            stored = gguf.quants.quantize(data.astype(np.float32), kind)
+            writer.add_tensor(f"blk.1.attn_output.weight.lora_{letter}", stored, raw_dtype=kind)
     value = Adapter.load(tmp_path / "a.gguf", model=model)
     delta = value.delta("model.layers.1.self_attn.o_proj")
     torch.testing.assert_close(delta, torch.tensor(2 * B @ A, dtype=torch.float32), rtol=0.05, atol=0.3)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from diffusers import SD3Transformer2DModel
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -25,6 +26,7 @@ from lorakit import Adapter, LoRAConfig
 from lorakit.errors import AdapterFileError
 from lorakit.files import read_safetensors_header
 from lorakit.formats import obstacles
+from lorakit.formats.codec import BaseFacts, Context
 
 SETTINGS = {
     "plain": {"alpha": 8.0},
@@ -212,9 +214,19 @@ def test_models_that_are_no_pipeline_are_refused(name, tmp_path):
         lorakit.adapters(model).save("default", tmp_path / "x.safetensors", format="kohya")
 
 
-def test_transformers_are_refused_since_kohya_has_other_layers():
+def test_a_transformer_is_refused_where_it_is_not_known_to_be_flux():
     value = trained(flux(), LoRAConfig(r=2, target_modules=("to_q",)))
-    assert all("use diffusers" in problem for problem in obstacles(value, "kohya"))
+    problems = obstacles(value, "kohya")
+    assert len(problems) == 2
+    assert all("name the model, if it is Flux, or use diffusers" in problem for problem in problems)
+    torch.manual_seed(0)
+    other = SD3Transformer2DModel(
+        sample_size=8, in_channels=4, num_layers=1, attention_head_dim=8, num_attention_heads=2,
+        joint_attention_dim=12, caption_projection_dim=16, pooled_projection_dim=10,
+    )  # fmt: skip
+    value = trained(other, LoRAConfig(r=2, target_modules=("to_q",)))
+    (problem,) = obstacles(value, "kohya", Context(base=BaseFacts.of(other)))
+    assert "by other layers than diffusers' (use diffusers)" in problem
 
 
 def test_paths_that_would_get_one_name_are_refused(tmp_path):

@@ -7,15 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import lorakit
-from adapter.models import qwen3_moe, randomise
-from lorakit import LoRAConfig
+from adapter.models import mixtral, qwen3_moe, randomise
+from lorakit import LoRAConfig, files, models
 from lorakit.data.sources import Origin, Row
 from lorakit.errors import AdapterError, ConfigError, MergeError, ModelError
 from lorakit.merging import CERTIFICATE, merge, proof
+from lorakit.merging.stream import NotStreamableError, find_checkpoint
 from tiny_models import byte_tokenizer, tiny_gpt2, tiny_llama
 
 IDS = torch.randint(0, 200, (2, 7), generator=torch.Generator().manual_seed(0))
@@ -123,13 +124,49 @@ def test_several_adapters_with_weights_add_up(tmp_path):
     assert {layer["name"] for layer in certificate["layers"]} >= {"model.embed_tokens.weight"}
 
 
-def test_stacked_experts_are_merged(tmp_path):
-    """Their files name each expert apart, so the model is loaded whole."""
-    base = saved(tmp_path / "base", qwen3_moe(vocab_size=272))
-    parameters = ("experts.gate_up_proj", "experts.down_proj")
-    adapter = adapter_for(base, tmp_path / "adapter", target_parameters=parameters, target_modules=["q_proj"])
-    merge(adapters=[adapter], output=tmp_path / "merged")
+EXPERTS = ("experts.gate_up_proj", "experts.down_proj")
+
+
+@pytest.mark.parametrize("shard_size", ["1GB", "20KB"])
+@pytest.mark.parametrize(("build", "stored"), [(qwen3_moe, "mlp"), (mixtral, "block_sparse_moe")])
+def test_experts_stored_apart_are_streamed(build, stored, shard_size, tmp_path):
+    """Gathered into the stack that the model has, folded, and written apart under the names they had; a small shard
+    ends within a layer.
+    """
+    base = saved(tmp_path / "base", build(vocab_size=272), max_shard_size=shard_size)
+    adapter = adapter_for(base, tmp_path / "adapter", target_parameters=EXPERTS, target_modules=["q_proj"])
+    out = tmp_path / "merged"
+    result = merge(adapters=[adapter], output=out)
+    assert result.how == "streamed"
+    assert result.report.survived == pytest.approx(1.0, abs=1e-4)
+    assert len(result.report.layers) == 6
+    headers = [
+        {file.name: files.read_safetensors_header(file)[0] for file in Path(folder).glob("*.safetensors")}
+        for folder in (base, out)
+    ]
+    assert headers[0] == headers[1]
+    assert any(f"layers.0.{stored}.experts.3." in key for shard in headers[1].values() for key in shard)
+    model, _ = lorakit.load_model(base, "fp32")
+    expected = lorakit.attach(model, adapter).merge().state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in reloaded(out).state_dict().items())
+
+
+def test_a_router_stored_under_another_name_is_written_under_it(tmp_path):
+    base = saved(tmp_path / "base", mixtral(vocab_size=272))
+    adapter = adapter_for(base, tmp_path / "adapter", target_modules=["q_proj"], modules_to_save=("mlp.gate",))
+    assert merge(adapters=[adapter], output=tmp_path / "merged").how == "streamed"
     assert torch.allclose(logits(reloaded(tmp_path / "merged")), logits(adapted(base, (adapter, 1.0))), atol=2e-4)
+    keys = load_file(tmp_path / "merged/model.safetensors").keys()
+    assert keys == load_file(tmp_path / "base/model.safetensors").keys()
+
+
+def test_a_base_with_an_expert_missing_is_not_streamed(tmp_path):
+    base = saved(tmp_path / "base", mixtral(vocab_size=272))
+    weights = load_file(tmp_path / "base/model.safetensors")
+    del weights["model.layers.1.block_sparse_moe.experts.2.w2.weight"]
+    save_file(weights, tmp_path / "base/model.safetensors")
+    with pytest.raises(NotStreamableError, match=r"model\.layers\.1\.mlp\.experts\.down_proj"):
+        find_checkpoint(tmp_path / "base", models.load_skeleton(base))
 
 
 def test_a_base_whose_files_have_other_names_is_merged_in_memory(tmp_path):
@@ -208,6 +245,30 @@ def test_verifying_that_would_not_fit_into_memory_is_refused(tmp_path, monkeypat
     assert result.proof is None
 
 
+@pytest.mark.parametrize("how", ["streamed", "in memory"])
+def test_a_base_without_tokenizer_is_merged_but_not_verified(how, tmp_path):
+    base = saved(tmp_path / "base", tiny_llama())
+    adapter = adapter_for(base, tmp_path / "adapter")
+    expected = logits(adapted(base, (adapter, 1.0)))
+    for file in (tmp_path / "base").iterdir():
+        if file.name not in ("config.json", "generation_config.json", "model.safetensors"):
+            file.unlink()
+    if how == "in memory":
+        torch.save(load_file(tmp_path / "base/model.safetensors"), tmp_path / "base/pytorch_model.bin")
+        (tmp_path / "base/model.safetensors").unlink()
+    with pytest.raises(ModelError, match=r"holds no tokenizer .*verifying needs one.* --no-verify"):
+        merge(adapters=[adapter], output=tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+    result = merge(adapters=[adapter], output=tmp_path / "merged", verify=False)
+    assert result.how.startswith(how)
+    assert not result.tokenizer
+    assert torch.allclose(logits(reloaded(tmp_path / "merged")), expected, atol=2e-4)
+    byte_tokenizer().save_pretrained(adapter)  # the adapter's own does as well
+    result = merge(adapters=[adapter], output=tmp_path / "verified")
+    assert result.tokenizer
+    assert result.proof.passed
+
+
 def test_wrong_input(tmp_path):
     base = saved(tmp_path / "base", tiny_llama())
     adapter = adapter_for(base, tmp_path / "adapter")
@@ -231,15 +292,28 @@ def test_wrong_input(tmp_path):
         assert not (tmp_path / "merged").exists()
 
 
-def test_no_more_than_a_shard_is_in_memory(tmp_path):
-    """Peak memory over the process's own before: about the largest tensor's fp32 copies and one mapped shard."""
+def large_llama():
+    return tiny_llama(vocabulary=2048, hidden_size=512, intermediate_size=2048, num_hidden_layers=24)
+
+
+def large_mixtral():
+    return mixtral(vocab_size=2048, hidden_size=512, intermediate_size=512, num_hidden_layers=14, num_local_experts=4)
+
+
+@pytest.mark.parametrize(
+    ("build", "config"), [(large_llama, {}), (large_mixtral, {"target_parameters": EXPERTS, "target_modules": ()})]
+)
+def test_no_more_than_a_shard_is_in_memory(build, config, tmp_path):
+    """Peak memory over the process's own before: about the largest tensor's fp32 copies (a layer's experts are one) and
+    one mapped shard.
+    """
     torch.manual_seed(0)
-    model = tiny_llama(vocabulary=2048, hidden_size=512, intermediate_size=2048, num_hidden_layers=24)
+    model = build()
     base = saved(tmp_path / "base", model, max_shard_size="32MB")
-    adapter = adapter_for(base, tmp_path / "adapter", size=0.02)
+    adapter = adapter_for(base, tmp_path / "adapter", size=0.02, **config)
     del model
     shards = [file.stat().st_size for file in (tmp_path / "base").glob("*.safetensors")]
-    assert sum(shards) > 350e6
+    assert sum(shards) > 200e6
     script = f"""
 import resource
 from lorakit.merging import merge

@@ -1,13 +1,10 @@
-"""The doors between adapters and models: `attach` puts adapters into a model in place, `extract` takes them out as
-values.
-"""
+"""The adapters of a model: `attach` gives it the first, the handle has more come and go, and says which are active."""
 
 from __future__ import annotations
 
 import contextlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
@@ -16,56 +13,14 @@ from torch import nn
 
 from lorakit.adapter import fingerprint, folding
 from lorakit.adapter.config import LoRAConfig
-from lorakit.adapter.fit import refuse_mismatch, refuse_overlap
 from lorakit.adapter.folding import FoldReport
-from lorakit.adapter.targets import find_targets
-from lorakit.adapter.updates import (
-    by_module,
-    fresh_replacement,
-    fresh_updates,
-    loaded_replacement,
-    loaded_updates,
-    mixin_for,
-)
-from lorakit.adapter.value import Adapter, BaseInfo, Factors
+from lorakit.adapter.resident import Resident, updates_for
+from lorakit.adapter.value import Adapter, BaseInfo
 from lorakit.core.active import NOTHING, ActiveState, Route, Selection
-from lorakit.core.attention import AdaptedAttention
-from lorakit.core.deltas import LayerUpdate, Replacement, StackedUpdate, trainable
-from lorakit.core.layer import (
-    AdaptedLayer,
-    AdaptedModule,
-    adapt,
-    base_modules,
-    base_parameters,
-    batch_dim,
-    batch_dim_inside,
-    fuse_again,
-    restore,
-    unfuse,
-)
-from lorakit.core.sites import site_of
+from lorakit.core.layer import AdaptedModule, base_modules, base_parameters, batch_dim, fuse_again, unfuse
 from lorakit.errors import AdapterError, nearest
 
 _HANDLE = "_lorakit"
-
-
-@dataclass
-class _Resident:
-    """One adapter in the model: its config, its slot, the kinds of its factors, and the modules it changes."""
-
-    config: LoRAConfig
-    slot: str
-    kinds: dict[str, str]  # path of a low-rank update -> Site.kind
-    modules: dict[str, AdaptedModule] = field(default_factory=dict)  # path -> module, in the model's order
-
-    def updates(self) -> Iterator[tuple[str, LayerUpdate | Replacement]]:
-        for path, module in self.modules.items():
-            update = module.lorakit_updates[self.slot]
-            if isinstance(update, StackedUpdate):
-                for name, one in update.updates.items():
-                    yield f"{path}.{name}" if path else name, cast("LayerUpdate", one)
-            else:
-                yield path, cast("LayerUpdate | Replacement", update)
 
 
 def attach(
@@ -138,7 +93,7 @@ class AttachedAdapters:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self._state = self.state_class()
-        self._residents: dict[str, _Resident] = {}
+        self._residents: dict[str, Resident] = {}
         self._slots = 0
         self._base_flags: list[tuple[nn.Parameter, bool]] = []
         self._unfused: list[tuple[nn.Module, str, Any]] = []
@@ -330,29 +285,22 @@ class AttachedAdapters:
                 f"an adapter is a LoRAConfig (a fresh one), an Adapter or a path, not {type(adapter).__name__}"
                 + ("; LoRAConfig.from_dict makes a config of a dict" if isinstance(adapter, dict) else "")
             )
-        config = adapter.config if isinstance(adapter, Adapter) else adapter
-        trainable = isinstance(adapter, LoRAConfig) if trainable is None else trainable
-        targets = find_targets(self.model, config)
         modules = dict(base_modules(self.model))
-        refuse_overlap(targets, modules)
-        if isinstance(adapter, Adapter):
-            here = self.base_info() if check_base else None
-            refuse_mismatch(adapter, targets, modules, type(self.model).__name__, here)
-            updates: dict[str, LayerUpdate | Replacement] = dict(loaded_updates(adapter, targets))
-            updates |= {path: loaded_replacement(adapter, path, modules[path]) for path in targets.replaced}
-        else:
-            updates = dict(fresh_updates(config, targets, modules, seed))
-            updates |= {path: fresh_replacement(modules[path]) for path in targets.replaced}
+        fresh = isinstance(adapter, LoRAConfig)
+        here = None if fresh or not check_base else self.base_info()
+        kinds, updates = updates_for(self.model, adapter, modules, seed=seed, here=here)
         before = self._residents.get(name)
-        kinds = {target.path: target.site.kind for target in targets.layers}
-        resident = self._insert(_Resident(config, str(self._slots), kinds), updates, modules, trainable=trainable)
+        self._freeze_base()
+        resident = Resident(adapter if isinstance(adapter, LoRAConfig) else adapter.config, str(self._slots), kinds)
+        self._slots += 1
+        resident.put(updates, modules, self._state, self.dressed, trainable=fresh if trainable is None else trainable)
         self._residents[name] = resident
         if before is not None:
             chosen = self._state.everywhere.weights
             self._state.everywhere = Selection(
                 tuple((resident.slot if slot == before.slot else slot, weight) for slot, weight in chosen)
             )
-            self._take_out(before)
+            before.take_out()
 
     def load(
         self,
@@ -379,7 +327,7 @@ class AttachedAdapters:
         chosen = self._state.everywhere.weights
         self._state.everywhere = Selection(tuple((slot, w) for slot, w in chosen if slot != resident.slot))
         del self._residents[name]
-        self._take_out(resident)
+        resident.take_out()
         if not self._residents:
             fuse_again(self._unfused)
 
@@ -400,34 +348,7 @@ class AttachedAdapters:
         Raises:
             AdapterError: no such adapter.
         """
-        resident = self._resident(name)
-        factors: dict[str, Factors] = {}
-        biases: dict[str, torch.Tensor] = {}
-        replaced: dict[str, torch.Tensor] = {}
-        tokens: dict[str, torch.Tensor] = {}
-        for path, update in resident.updates():
-            if isinstance(update, Replacement):
-                replaced |= {f"{path}.{key}": _copied(tensor) for key, tensor in update.copy.state_dict().items()}
-                continue
-            if update.lora is not None:
-                factors[path] = Factors(
-                    A=_copied(update.lora.A),
-                    B=_copied(update.lora.B),
-                    alpha=update.lora.alpha,
-                    kind=resident.kinds[path],  # type: ignore[arg-type]
-                )
-            if update.bias is not None:
-                biases[path] = _copied(update.bias)
-            if update.tokens is not None and not update.lent:
-                tokens[path] = _copied(update.tokens.rows)
-        return Adapter(
-            config=resident.config,
-            factors=factors,
-            biases=biases,
-            replaced=replaced,
-            tokens=tokens,
-            base=self.base_info(),
-        )
+        return self._resident(name).value(self.base_info())
 
     def save(self, name: str, path: str | Path, format: str = "peft") -> Path:
         """Write an adapter to the folder `path`: `extract(name).save(path)`."""
@@ -439,11 +360,7 @@ class AttachedAdapters:
         """All tensors an adapter trains, by stable names: "<path>.A", "<path>.B", "<path>.bias", or the parameter's
         own name.
         """
-        return {
-            f"{path}.{tensor}": parameter
-            for path, update in self._resident(name).updates()
-            for tensor, parameter in trainable(update)
-        }
+        return self._resident(name).trainable_tensors()
 
     def trainable_parameters(self) -> list[nn.Parameter]:
         """Every parameter that requires a gradient, of the adapters and (if somebody unfroze it) of the base: what an
@@ -462,7 +379,7 @@ class AttachedAdapters:
             "trained_parameters": trained,
             "trained_share": trained / base if base else 0.0,
             "active": self.active,
-            "adapters": {name: self._summary_of(name) for name in self.names},
+            "adapters": {name: resident.summary() for name, resident in self._residents.items()},
         }
 
     def base_info(self) -> BaseInfo:
@@ -473,28 +390,12 @@ class AttachedAdapters:
 
     # ------------------------------------------------------------ inside
 
-    def _summary_of(self, name: str) -> dict[str, Any]:
-        tensors = self.trainable_tensors(name)
-        loras = [update.lora for _, update in self._resident(name).updates() if isinstance(update, LayerUpdate)]
-        return {
-            "layers": sum(lora is not None for lora in loras),
-            "ranks": sorted({lora.r for lora in loras if lora is not None}),
-            "parameters": sum(p.numel() for p in tensors.values()),
-            "bytes": sum(p.numel() * p.element_size() for p in tensors.values()),
-        }
-
-    def _resident(self, name: str) -> _Resident:
+    def _resident(self, name: str) -> Resident:
         if name not in self._residents:
             guess = nearest(name, self.names)
             hint = f"did you mean {guess[0]!r}?" if guess else f"resident: {', '.join(map(repr, self.names)) or 'none'}"
             raise AdapterError(f"no adapter {name!r}; {hint}")
         return self._residents[name]
-
-    def _take_out(self, resident: _Resident) -> None:
-        for module in resident.modules.values():
-            del module.lorakit_updates[resident.slot]
-            if not module.lorakit_updates:
-                restore(module)
 
     def adapted_modules(self) -> dict[str, AdaptedModule]:
         """Every module some adapter changes, by path, in the model's order."""
@@ -519,39 +420,11 @@ class AttachedAdapters:
     def _enter_model(self) -> None:
         self.model.__dict__[_HANDLE] = self
 
-    def _insert(
-        self,
-        resident: _Resident,
-        updates: Mapping[str, LayerUpdate | Replacement],
-        modules: Mapping[str, nn.Module],
-        *,
-        trainable: bool,
-    ) -> _Resident:
+    def _freeze_base(self) -> None:
+        """Before an adapter comes in: nothing of the base is trained, and nothing fused hides a layer."""
         if not self._residents and not self._base_flags:
             self._base_flags = [(p, p.requires_grad) for p in self.model.parameters()]
             for parameter, _ in self._base_flags:
                 parameter.requires_grad_(False)
         if not self._residents:
             self._unfused = unfuse(self.model)
-        self._slots += 1
-        held = by_module(updates, modules)
-        for path, module in modules.items():
-            if path not in held:
-                continue
-            update = held[path]
-            site = site_of(module)
-            device = next(module.parameters()).device
-            mixin = mixin_for(module, update)
-            adapted = adapt(module, self.dressed.get(mixin, mixin), self._state)
-            if isinstance(adapted, AdaptedLayer | AdaptedAttention):
-                adapted.lorakit_site = site
-            adapted.lorakit_batch_dim = batch_dim_inside(modules.get(path.rpartition(".")[0]))
-            update.requires_grad_(trainable).train(module.training)
-            # a skeleton's weights are nowhere; what an adapter holds is somewhere all the same
-            adapted.lorakit_updates[resident.slot] = update if device.type == "meta" else update.to(device)
-            resident.modules[path] = adapted
-        return resident
-
-
-def _copied(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.detach().to("cpu", copy=True)

@@ -49,6 +49,7 @@ _ANOTHER_IN_TRAINING = {
     "compress": {"data", "output", "rank"},
     "convert": {"output"},
     "export": {"output"},
+    "merge": {"data", "dtype", "output"},
 }
 
 
@@ -178,8 +179,10 @@ def _read_config_file(ctx: click.Context, parameter: click.Parameter, path: str 
         if isinstance(each, ConfigOption | ConfigArgument):
             configured |= {*spellings(each.config_class), *section_names(each.config_class)}
         elif each.name not in _NEVER_FROM_FILE:
-            names = {flag.lstrip("-").replace("-", "_") for flag in each.opts}
-            plain |= dict.fromkeys(names | {str(each.name)}, each)
+            names = {flag.lstrip("-").replace("-", "_") for flag in each.opts} | {str(each.name)}
+            if isinstance(each, click.Argument) and _takes_many(each):
+                names |= {name.removesuffix("s") for name in names}  # as the flags that may be given again are called
+            plain |= dict.fromkeys(names, each)
     values = read_yaml(path)
     problems: list[str] = []
     all_of_training = {*spellings(TrainConfig), *section_names(TrainConfig)}
@@ -188,6 +191,7 @@ def _read_config_file(ctx: click.Context, parameter: click.Parameter, path: str 
         values, problems = _without_training(str(ctx.info_name), plain, configured, values, path)
     for_click: dict[str, Any] = {}
     for_config: dict[str, Any] = {}
+    set_by: dict[str | None, object] = {}  # name of a parameter -> the key that set it
     for key, value in values.items():
         name = str(key).replace("-", "_")
         if name in configured:
@@ -195,13 +199,14 @@ def _read_config_file(ctx: click.Context, parameter: click.Parameter, path: str 
         elif name not in plain:
             training = {} if of_training else spellings(TrainConfig)  # it may be a misspelled one of those too
             problems.append(unknown_key(key, {*plain, *configured}, training, advice_of(TrainConfig)))
-        elif plain[name].name in for_click:
-            problems.append(f"{key!r} sets {plain[name].name!r} a second time")
+        elif (earlier := set_by.get(plain[name].name)) is not None:
+            problems.append(f"{key!r} sets {earlier!r} a second time")
         elif (fault := _misfit(plain[name], value)) is not None:
             problems.append(f"{key}: {fault}")
         elif value is not None:  # null: as if the key were not there
             many = _takes_many(plain[name]) and not isinstance(value, list)
             for_click[str(plain[name].name)] = [value] if many else value
+            set_by[plain[name].name] = key
     if problems:
         raise ConfigError.listing(path, problems)
     ctx.default_map = for_click

@@ -81,6 +81,8 @@ def result_lines(result: Merge) -> Iterator[str]:
     )
     if report.untied:
         yield f"       untied: {', '.join(report.untied)}"
+    if not result.tokenizer:
+        yield "       no tokenizer: the base has none; put its files beside the model to use it"
     if proof is None:
         yield "proof  none (--no-verify)"
     else:

@@ -4,10 +4,12 @@ Tensors are `<layer>.lora_down.weight` (r, in, *kernel), `<layer>.lora_up.weight
 the scale being alpha / r. A layer is `lora_unet_`, `lora_te_` (the only text encoder), `lora_te1_` or `lora_te2_`, and
 the module path with every dot written as `_`: which dots those were, only the model knows, so reading needs it.
 Trainers of SDXL name the UNet's layers as its first release did (`input_blocks_4_1_...`); those names are read too,
-and so are the tensors of LyCORIS (LoCon, LoHa, LoKr), which become plain factors.
+and so are the tensors of LyCORIS (LoCon, LoHa, LoKr), which become plain factors. Flux's layers are named as in its
+first release (`kohya_flux`).
 
 Written files have the scale carried by `lora_up`, and alpha = r, so that whoever loses alpha has the right update.
 Where ranks differ, alpha is the largest of them in every layer: diffusers keeps one alpha for all layers of attention.
+(Not of Flux, where it takes each layer's own, or, of the last ones, none at all.)
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ import torch
 from lorakit.adapter.value import Adapter, Factors
 from lorakit.errors import AdapterFileError, bullet_list
 from lorakit.files import write_safetensors
-from lorakit.formats import pipeline
+from lorakit.formats import kohya_flux, pipeline
 from lorakit.formats.assembly import adapter_of, header_names, header_of, read_tensors, tensor_file
 from lorakit.formats.codec import BaseFacts, Context
 from lorakit.formats.lycoris import expand
@@ -32,12 +34,13 @@ _PREFIXES = {
     "text_encoder_2": ("lora_te2_",),
     "text_encoder_3": ("lora_te3_",),
 }
+_TRANSFORMER = "lora_transformer_"  # before a transformer's own path, of trainers that have diffusers' layers
 _LYCORIS = "lycoris_"  # before the whole path, of LyCORIS' own wrapper for any model
 
 
 def recognises(path: Path) -> bool:
     """A .safetensors file with a layer of one of kohya's prefixes."""
-    prefixes = (*(prefix for each in _PREFIXES.values() for prefix in each), _LYCORIS)
+    prefixes = (*(prefix for each in _PREFIXES.values() for prefix in each), _TRANSFORMER, _LYCORIS)
     return any(name.startswith(prefixes) for name in header_names(path))
 
 
@@ -45,12 +48,16 @@ def recognises(path: Path) -> bool:
 
 
 def obstacles(adapter: Adapter, context: Context) -> list[str]:
-    """What is no low-rank update of a UNet or text encoder."""
+    """What is no low-rank update of a UNet, Flux or a text encoder."""
     problems = pipeline.obstacles(adapter, context.base)
     taken: dict[str, str] = {}
+    of_flux = {path for paths in _of_flux(context.base).values() for path in paths}
+    way_out = "name the model, if it is Flux, or use diffusers" if context.base is None else "use diffusers"
     for path, name in _written_names(adapter, context.base).items():
+        if path in of_flux:
+            continue
         if name is None:
-            problems.append(f"{path}: kohya's tools know a transformer by other layers than diffusers' (use diffusers)")
+            problems.append(f"{path}: kohya's tools know a transformer by other layers than diffusers' ({way_out})")
         elif name in taken:
             problems.append(f"{path} and {taken[name]} are both written {name}")
         else:
@@ -63,16 +70,34 @@ def obstacles(adapter: Adapter, context: Context) -> list[str]:
 
 def write(adapter: Adapter, path: Path, context: Context) -> Path:
     """Write the file `path`, or one of the usual name in the folder `path`; return the file."""
-    names = _written_names(adapter, context.base)
-    alpha = max(f.r for f in adapter.factors.values())
+    modules = {} if context.base is None else context.base.modules
     tensors: dict[str, torch.Tensor] = {}
-    for layer, f in adapter.factors.items():
-        name = names[layer]
-        tensors[f"{name}.lora_down.weight"] = f.A.float()
-        tensors[f"{name}.lora_up.weight"] = f.B.float() * (adapter.scale(layer) * f.r / alpha)
+
+    def put(name: str, A: torch.Tensor, B: torch.Tensor, alpha: int) -> None:
+        tensors[f"{name}.lora_down.weight"] = A
+        tensors[f"{name}.lora_up.weight"] = B
         tensors[f"{name}.alpha"] = torch.tensor(float(alpha))
+
+    left = dict(adapter.factors)
+    for name, paths in _of_flux(context.base).items():
+        own = [left.pop(layer, None) for layer in paths]
+        if any(own):
+            pairs = [
+                None if f is None else (f.A.float(), f.B.float() * adapter.scale(layer))
+                for layer, f in zip(paths, own, strict=True)
+            ]
+            A, B = kohya_flux.fuse(name, pairs, [modules[layer][0] for layer in paths])
+            put(name, A, B, alpha=A.shape[0])
+    alpha = max((f.r for f in left.values()), default=0)
+    for layer, flat in _written_names(adapter, context.base).items():
+        if flat is not None and (f := left.get(layer)) is not None:
+            put(flat, f.A.float(), f.B.float() * (adapter.scale(layer) * f.r / alpha), alpha)
     write_safetensors(tensor_file(path), tensors, header_of(adapter))
     return tensor_file(path)
+
+
+def _of_flux(base: BaseFacts | None) -> dict[str, tuple[str, ...]]:
+    return {} if base is None else kohya_flux.names(Layers(base))
 
 
 def _written_names(adapter: Adapter, base: BaseFacts | None) -> dict[str, str | None]:
@@ -113,9 +138,10 @@ def read(path: Path, context: Context) -> Adapter:
             "name it (model=..., or --model M)"
         )
     layers = Layers(context.base)
-    meanings: dict[str, set[str]] = {}
+    of_flux = kohya_flux.names(layers)
+    meanings = {name: {paths} for name, paths in of_flux.items()}
     for name, meant in _every_name(layers):
-        meanings.setdefault(name, set()).add(meant)
+        meanings.setdefault(name, set()).add((meant,))
     by_name: dict[str, dict[str, torch.Tensor]] = {}
     for key, tensor in tensors.items():
         name, _, part = key.partition(".")
@@ -124,18 +150,20 @@ def read(path: Path, context: Context) -> Adapter:
     factors: dict[str, Factors] = {}
     problems += pipeline.no_such_layers([name for name in sorted(by_name) if name not in meanings], meanings)
     for name in sorted(by_name.keys() & meanings.keys()):
-        meant_paths = meanings[name]
-        if len(meant_paths) > 1:
-            problems.append(f"{name}: could mean {' or '.join(sorted(meant_paths))}")
+        if len(meanings[name]) > 1:
+            problems.append(f"{name}: could mean {' or '.join(sorted(', '.join(paths) for paths in meanings[name]))}")
             continue
-        (layer,) = meant_paths
-        if layer in factors:
-            problems.append(f"{name}: a second update of {layer}")
+        (paths,) = meanings[name]
+        if again := [layer for layer in paths if layer in factors]:
+            problems.append(f"{name}: a second update of {', '.join(again)}")
             continue
+        rows = {layer: layers.shapes[layer][0] for layer in paths}
         try:
-            factors[layer] = expand(by_name[name], layers.shapes[layer])
+            whole = expand(by_name[name], (sum(rows.values()), *layers.shapes[paths[0]][1:]))
         except AdapterFileError as error:
             problems.append(f"{name}: {error}")
+            continue
+        factors |= kohya_flux.split(name, whole, rows) if name in of_flux else {paths[0]: whole}
     if problems:
         raise AdapterFileError(f"{file}: nothing loaded:\n{bullet_list(problems)}")
     in_order = {layer: factors[layer] for layer in layers.shapes if layer in factors}
@@ -147,6 +175,8 @@ def _every_name(layers: Layers) -> Iterator[tuple[str, str]]:
     for path, name in layers.names.items():
         for prefix in _PREFIXES.get(name.component, ()):
             yield prefix + _underscored(name.path), path
+        if name.component == "transformer":
+            yield _TRANSFORMER + _underscored(name.path), path
         yield _LYCORIS + _underscored(path), path
     if not layers.names:  # any other model
         for path in layers.shapes:

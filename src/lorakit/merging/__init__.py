@@ -40,6 +40,7 @@ class Merge:
         report: how much of the update survived rounding, per parameter.
         proof: the comparison with base + adapter; None if it was not asked for.
         scores: metric -> (base + adapter, merged), on the data, if there were any.
+        tokenizer: whether one was found and put beside the weights.
         accepted: it did not pass and was written all the same, as asked.
         seconds: wall time.
     """
@@ -50,6 +51,7 @@ class Merge:
     report: FoldReport
     proof: Proof | None
     scores: dict[str, tuple[float, float]]
+    tokenizer: bool
     accepted: bool
     seconds: float
 
@@ -64,6 +66,7 @@ class Merge:
             "untied": list(self.report.untied),
             "proof": None if self.proof is None else self.proof.to_dict(),
             "scores": {metric: {"adapter": a, "merged": m} for metric, (a, m) in self.scores.items()},
+            "tokenizer": self.tokenizer,
             "accepted_without_passing": self.accepted,
             "seconds": round(self.seconds, 2),
         }
@@ -104,7 +107,8 @@ def merge(
         rounding: nearest, or stochastic, which keeps small updates in the mean.
         seed: determines the draws of stochastic rounding.
         minimum_survival: share of the update that must survive rounding.
-        verify: load what was written and compare it with base + adapter on prompts (takes the memory of one model).
+        verify: load what was written and compare it with base + adapter on prompts (takes the memory of one model, and
+            a tokenizer: the adapter's or the base's).
         max_kl: largest mean divergence, nats a token. Less is asked for where the adapter itself does little (a tenth
             of its own divergence from the base); what the dtype alone does, ten times over, passes anyway.
         data: rows on which to compare instead of a few general prompts, and to measure both models.
@@ -118,6 +122,7 @@ def merge(
     Raises:
         MergeError: too little of the update survives, or the merged model differs too much; nothing is written. Also
             where verifying would not fit into memory.
+        NoTokenizerError: neither the base nor the adapter has a tokenizer, and the merge is to be verified.
         AdapterError, AdapterMismatchError, AdapterFileError, ModelError, ConfigError: as in `attach` and `load_model`.
     """
     start = time.perf_counter()
@@ -139,11 +144,12 @@ def merge(
     paths = [adapter for adapter in adapters if not isinstance(adapter, Adapter)]
     spec = model if model is not None else models.common_base(paths)
     values = [a if isinstance(a, Adapter) else models.read_adapter(a, spec) for a in adapters]
-    rows = None if data is None else _rows(data, limit)
+    what = _What(spec, values, factors)
+    check = _Check(None if data is None else _rows(data, limit), metrics, max_new_tokens, max_kl, device)
 
     stage("reading the base")
     skeleton = models.load_skeleton(spec)
-    handle = _attach_all(skeleton, values, factors)
+    handle = what.attached_to(skeleton)
     draws = seed if rounding == "stochastic" else None
     storage = None if dtype == "auto" else machine.resolve_dtype(dtype, machine.resolve_device("cpu"))
     try:
@@ -152,9 +158,7 @@ def merge(
         stream.check_base(named, stream.base_info(checkpoint, skeleton))
     except stream.NotStreamableError as error:
         checkpoint, reason = None, str(error)
-    tokenizer = models.load_tokenizer(spec)
-    if len(paths) == 1:
-        tokenizer = models.tokenizer_beside(paths[0], skeleton, tokenizer)
+    tokenizer = _tokenizer(spec, paths, skeleton, needed=verify)
 
     with files.atomic_folder(output) as building:
         stage("folding")
@@ -164,21 +168,20 @@ def merge(
             _write_companions(checkpoint.folder, building, report, storage)
         else:
             how = f"in memory: {reason}"
-            report = _merge_in_memory(spec, values, factors, dtype, draws, building)
+            report = _merge_in_memory(what, dtype, draws, building)
         survived = report.survived >= minimum_survival
         if not survived and not accept:
             try:
                 report.check(minimum_survival)
             except AdapterError as error:
                 raise MergeError(f"{error} (accept=True writes it all the same)") from None
-        tokenizer.save_pretrained(building)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(building)
         found: Proof | None = None
         scores: dict[str, tuple[float, float]] = {}
         if verify:
             stage("verifying")
-            found, scores = _verify(
-                spec, values, factors, tokenizer, building, report, rows, metrics, max_new_tokens, max_kl, device
-            )
+            found, scores = _verify(what, tokenizer, building, report.dtypes[0], check)
             if not found.passed and not accept:
                 raise MergeError(_why(found, output))
         result = Merge(
@@ -188,6 +191,7 @@ def merge(
             report=report,
             proof=found,
             scores=scores,
+            tokenizer=tokenizer is not None,
             accepted=not survived or (found is not None and not found.passed),
             seconds=time.perf_counter() - start,
         )
@@ -206,24 +210,72 @@ def merge(
     return result
 
 
+@dataclass(frozen=True)
+class _What:
+    """What is merged: adapters, with a weight each, into a base as `load_model` takes it."""
+
+    base: str
+    adapters: Sequence[Adapter]
+    weights: Sequence[float]
+
+    def attached_to(self, model: Any) -> AttachedAdapters:
+        """`model` with all of them, active."""
+        handle = attach(model, self.adapters[0], name="0")
+        for i, adapter in enumerate(self.adapters[1:], 1):
+            handle.load(adapter, name=str(i))
+        handle.activate({str(i): weight for i, weight in enumerate(self.weights)})
+        return handle
+
+
+@dataclass(frozen=True)
+class _Check:
+    """How a merged model is held against base + adapter; the fields are `merge`'s arguments."""
+
+    rows: Sequence[Row] | None
+    metrics: Sequence[str]
+    max_new_tokens: int
+    max_kl: float
+    device: str
+
+    def scores(self, model: Any, tokenizer: Any) -> dict[str, float]:
+        """metric -> what the model reaches on the rows; nothing without rows."""
+        if self.rows is None:
+            return {}
+        (result,) = evaluate(
+            data=self.rows,
+            model=(model, tokenizer),
+            as_is=True,
+            metrics=self.metrics,
+            max_new_tokens=self.max_new_tokens,
+        )
+        return result.scores
+
+
 def _rows(data: str | Path | Sequence[Row], limit: int | None) -> list[Row]:
     rows = read_rows(data, "test") if isinstance(data, str | Path) else list(data)
     return rows[:limit]
 
 
-def _attach_all(model: Any, values: Sequence[Adapter], factors: Sequence[float]) -> AttachedAdapters:
-    handle = attach(model, values[0], name="0")
-    for i, value in enumerate(values[1:], 1):
-        handle.load(value, name=str(i))
-    handle.activate({str(i): factor for i, factor in enumerate(factors)})
-    return handle
+def _tokenizer(spec: str, paths: Sequence[str | Path], skeleton: Any, *, needed: bool) -> Any:
+    """The only adapter's own tokenizer, else the base's; None where there is none and it is not needed."""
+    lacking: models.NoTokenizerError | None = None
+    try:
+        tokenizer = models.load_tokenizer(spec)
+    except models.NoTokenizerError as error:
+        tokenizer, lacking = None, error
+    if len(paths) == 1:
+        tokenizer = models.tokenizer_beside(paths[0], skeleton, tokenizer)
+    if tokenizer is None and needed:
+        raise models.NoTokenizerError(
+            f"{lacking}, and verifying needs one: it compares answers to prompts. Put the model's tokenizer files into "
+            "its folder, or merge without verifying (verify=False, --no-verify)"
+        )
+    return tokenizer
 
 
-def _merge_in_memory(
-    spec: str, values: Sequence[Adapter], factors: Sequence[float], dtype: str, draws: int | None, target: Path
-) -> FoldReport:
-    loaded, _ = models.load_model(spec, "fp32" if dtype == "auto" else dtype, "cpu")
-    handle = _attach_all(loaded, values, factors)
+def _merge_in_memory(what: _What, dtype: str, draws: int | None, target: Path) -> FoldReport:
+    loaded = models.load_weights(what.base, "fp32" if dtype == "auto" else dtype, "cpu")
+    handle = what.attached_to(loaded)
     report = handle.merge_report(seed=draws)  # whoever called judges it; `handle.merge` would compute it once more
     folding.fold_in(loaded, handle.adapted_modules(), handle.active_selection(), draws)
     handle.detach()
@@ -248,52 +300,32 @@ def _write_companions(source: Path, target: Path, report: FoldReport, storage: A
 
 
 def _verify(
-    spec: str,
-    values: Sequence[Adapter],
-    factors: Sequence[float],
-    tokenizer: Any,
-    merged_folder: Path,
-    report: FoldReport,
-    rows: Sequence[Row] | None,
-    metrics: Sequence[str],
-    max_new_tokens: int,
-    max_kl: float,
-    device: str,
+    what: _What, tokenizer: Any, merged_folder: Path, dtype: str, check: _Check
 ) -> tuple[Proof, dict[str, tuple[float, float]]]:
-    """Compare base + adapter with what was written, one after the other in memory."""
+    """Compare base + adapter with what was written, one after the other in memory, both in `dtype`."""
     needed = int(_HEADROOM * sum(file.stat().st_size for file in merged_folder.glob("*.safetensors")))
     available = machine.available_memory()
-    if machine.resolve_device(device).type == "cpu" and available is not None and needed > available:
+    if machine.resolve_device(check.device).type == "cpu" and available is not None and needed > available:
         raise MergeError(
             f"verifying loads the model, about {needed / 1e9:.1f} GB, and {available / 1e9:.1f} GB are free. Free some,"
             " or merge without verifying (verify=False, --no-verify) and run lorakit eval on a larger machine"
         )
-    dtype = report.dtypes[0]
-
-    def scored(model: Any) -> dict[str, float]:
-        if rows is None:
-            return {}
-        (result,) = evaluate(
-            data=rows, model=(model, tokenizer), as_is=True, metrics=metrics, max_new_tokens=max_new_tokens
-        )
-        return result.scores
-
-    adapted, _ = models.load_model(spec, dtype, device)
-    handle = _attach_all(adapted, values, factors)
+    adapted = models.load_weights(what.base, dtype, check.device)
+    handle = what.attached_to(adapted)
     stop = models.stop_ids(adapted, tokenizer)
     chat_format = ChatFormat(tokenizer, stop, max_length=512)
-    if rows is None:
+    if check.rows is None:
         prompts = [chat_format.prompt_ids(text) for text in proof.PROMPTS]
         texts = proof.answered(adapted, tokenizer, prompts, stop)
     else:
-        chat_format = chat_format.for_rows(rows)
-        texts = [example.ids for row in rows[:64] for example in chat_format.encode(row)]
+        chat_format = chat_format.for_rows(check.rows)
+        texts = [example.ids for row in check.rows[:64] for example in chat_format.encode(row)]
     reference = proof.refer(adapted, handle, proof.within_budget(texts))
-    with_adapter = scored(adapted)
+    with_adapter = check.scores(adapted, tokenizer)
     del adapted, handle
-    merged, _ = models.load_model(merged_folder, dtype, device)
-    found = proof.compare(reference, merged, max_kl)
-    of_merged = scored(merged)
+    merged, _ = models.load_model(merged_folder, dtype, check.device)
+    found = proof.compare(reference, merged, check.max_kl)
+    of_merged = check.scores(merged, tokenizer)
     return found, {metric: (with_adapter[metric], of_merged[metric]) for metric in of_merged}
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +24,25 @@ from lorakit.adapter.value import BaseInfo
 from lorakit.core.active import Selection
 from lorakit.core.layer import AdaptedModule, base_parameters
 from lorakit.errors import AdapterError, ModelError, bullet_list
+from lorakit.merging.parts import Index, gathered
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class Part:
+    """A tensor in a file, and which part of a parameter it is.
+
+    Attributes:
+        file: name of the file.
+        key: name in the file.
+        index: the tensor is `parameter[index]`; (): the whole.
+    """
+
+    file: str
+    key: str
+    index: Index = ()
 
 
 @dataclass(frozen=True)
@@ -36,12 +52,29 @@ class Checkpoint:
     Attributes:
         folder: that holds the shards.
         shards: file name -> {name in the file: (dtype, shape)}, in the order of the index.
-        place: full name of a parameter of the model -> (file name, name in the file); tied ones may share a place.
+        place: full name of a parameter of the model -> the tensors it is in; tied ones may share theirs.
+        shapes: full name -> shape.
     """
 
     folder: Path
     shards: Mapping[str, Mapping[str, tuple[torch.dtype, tuple[int, ...]]]]
-    place: Mapping[str, tuple[str, str]]
+    place: Mapping[str, tuple[Part, ...]]
+    shapes: Mapping[str, tuple[int, ...]]
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Of a parameter."""
+        first = self.place[name][0]
+        return self.shards[first.file][first.key][0]
+
+    def read(self, name: str, shards: Mapping[str, Mapping[str, torch.Tensor]]) -> torch.Tensor:
+        """A parameter, from the opened files: a view of its file, or put together in memory."""
+        parts = self.place[name]
+        if len(parts) == 1:
+            return shards[parts[0].file][parts[0].key].reshape(self.shapes[name])
+        whole = torch.empty(self.shapes[name], dtype=self.dtype(name))
+        for part in parts:
+            whole[part.index] = shards[part.file][part.key]
+        return whole
 
     @contextlib.contextmanager
     def open(self) -> Iterator[Mapping[str, Mapping[str, torch.Tensor]]]:
@@ -70,8 +103,8 @@ def find_checkpoint(folder: Path, skeleton: Any) -> Checkpoint:
     """The tensors of a model folder, each given its place in the model.
 
     Raises:
-        NotStreamableError: no safetensors, a quantised model, or tensors whose names are not the model's (transformers
-        converts them while it loads).
+        NotStreamableError: no safetensors, a quantised model, or tensors that are not the model's (transformers
+        converts them while it loads, in another way than by stacking and renaming).
         FileError: a shard is missing or damaged.
     """
     if getattr(skeleton.config, "quantization_config", None) is not None:
@@ -91,43 +124,71 @@ def find_checkpoint(folder: Path, skeleton: Any) -> Checkpoint:
         }
         for name in names
     }
-    where = {key: (name, key) for name, shard in shards.items() for key in shard}
-    place: dict[str, tuple[str, str]] = {}
-    unknown = []
+    where = {key: Part(name, key) for name, shard in shards.items() for key in shard}
+    held = {key: shape for shard in shards.values() for key, (_, shape) in shard.items()}
+    place: dict[str, tuple[Part, ...]] = {}
     prefix = f"{getattr(skeleton, 'base_model_prefix', '')}."
     tied: dict[int, list[str]] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
     for name, tensor in skeleton.named_parameters(remove_duplicate=False):
         if "lorakit_updates." not in name:
             tied.setdefault(id(tensor), []).append(name)
+            shapes[name] = tuple(tensor.shape)
+    unknown: list[list[str]] = []
     for names_of_one in tied.values():
-        shape = tuple(skeleton.get_parameter(names_of_one[0]).shape)
         found = {}
         for name in names_of_one:
             # files of a bare model (GPT-2's) leave out the prefix that its language model gives it, and the reverse
             for spelling in (name, name.removeprefix(prefix), prefix + name):
-                if spelling in where and shards[where[spelling][0]][spelling][1] == shape:
-                    found[name] = where[spelling]
+                if held.get(spelling) == shapes[name]:
+                    found[name] = (where[spelling],)
                     break
         if not found:
-            unknown.append(f"{names_of_one[0]} {shape}")
-        else:
-            place |= {name: found.get(name, next(iter(found.values()))) for name in names_of_one}
+            unknown.append(names_of_one)
+        place |= {name: found.get(name, next(iter(found.values()))) for name in names_of_one if found}
     if unknown:
-        raise NotStreamableError(f"{folder}: not in its files under that name and shape:\n{bullet_list(unknown, 5)}")
-    return Checkpoint(folder, shards, place)
+        taken = {part.key for parts in place.values() for part in parts}
+        left = {key: shape for key, shape in held.items() if key not in taken}
+        parts_of = gathered(skeleton, shapes, left)
+        for names_of_one in unknown:
+            parts = next((parts_of[name] for name in names_of_one if name in parts_of), None)
+            if parts is None or (len(parts) > 1 and len(names_of_one) > 1):
+                continue
+            if len({shards[where[key].file][key][0] for key in parts}) == 1:  # of one dtype
+                place |= dict.fromkeys(names_of_one, tuple(replace(where[key], index=i) for key, i in parts.items()))
+    missing = [f"{names[0]} {shapes[names[0]]}" for names in unknown if names[0] not in place]
+    if missing:
+        raise NotStreamableError(f"{folder}: not in its files under that name and shape:\n{bullet_list(missing, 5)}")
+    return Checkpoint(folder, shards, place, shapes)
 
 
 def base_info(checkpoint: Checkpoint, skeleton: nn.Module) -> BaseInfo:
     """The fingerprint of the model in the files, as `attach` takes it of one in memory."""
+    shapes = {name: checkpoint.shapes[name] for name in base_parameters(skeleton)}  # tied ones once
+    empty = [(n, torch.empty(shape, dtype=checkpoint.dtype(n), device="meta")) for n, shape in shapes.items()]
     with checkpoint.open() as shards:
-        places = {name: checkpoint.place[name] for name in base_parameters(skeleton)}  # tied ones once
-        tensors = [(name, shards[file][key]) for name, (file, key) in places.items()]
-        return fingerprint.of(skeleton, tensors)  # type: ignore[arg-type]
+        return fingerprint.of(skeleton, empty, lambda name: checkpoint.read(name, shards))
+
+
+@dataclass(frozen=True)
+class _Output:
+    """A tensor to be written.
+
+    Attributes:
+        source: name in the base's file of the tensor it comes from, or is like.
+        folded: the parameter to fold, whose part `index` it is; None: it is written as it is.
+    """
+
+    source: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    folded: str | None = None
+    index: Index = ()
 
 
 @dataclass
 class Stream:
-    """A merge under way: what has been folded and not yet written, and what was reported.
+    """A merge under way: what has been folded and not yet written in all its parts, and what was reported.
 
     Attributes:
         checkpoint: the model on disk.
@@ -141,6 +202,7 @@ class Stream:
     dtype: torch.dtype | None
     seed: int | None
     _ready: dict[str, torch.Tensor] = field(default_factory=dict)
+    _unwritten: dict[str, int] = field(default_factory=dict)
     _layers: list[FoldedLayer] = field(default_factory=list)
 
     def run(self, target: Path) -> FoldReport:
@@ -161,80 +223,85 @@ class Stream:
         weight_map, total = {}, 0
         for file in self.checkpoint.shards:
             written = self._written(file, owners)
-            layout = {key: (self._stored(dtype), shape) for key, (_, _, dtype, shape) in written.items()}
+            layout = {key: (self._stored(output.dtype), output.shape) for key, output in written.items()}
             with files.SafetensorsWriter(target / file, layout) as writer, self.checkpoint.open() as shards:
-                for key, (source, name, _, _) in written.items():
-                    if name is None:
-                        tensor = shards[file][source]
+                for key, output in written.items():
+                    if output.folded is None:
+                        tensor = shards[file][output.source]
                     else:
-                        tensor = self._folded(name, owners[name], modules[owners[name]], selection, shards)
+                        path = owners[output.folded]
+                        tensor = self._folded(output, path, modules[path], selection, shards)
                     writer.write(key, tensor.to(layout[key][0]))
                     weight_map[key] = file
                     total += tensor.numel() * layout[key][0].itemsize
         assert not self._ready, "every folded tensor has been written"
         if (self.checkpoint.folder / INDEX).is_file():
             files.write_json(target / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-        kinds = {self._stored(self._entry(name)[0]) for name in owners}
+        kinds = {self._stored(self.checkpoint.dtype(name)) for name in owners}
         return FoldReport(
             layers=tuple(self._layers),
             dtypes=tuple(sorted(str(kind).removeprefix("torch.") for kind in kinds)),
             untied=tuple(sorted(folding.shared_parameters(self.handle.model) & owners.keys())),
         )
 
-    def _written(
-        self, file: str, owners: Mapping[str, str]
-    ) -> dict[str, tuple[str, str | None, torch.dtype, tuple[int, ...]]]:
-        """What the shard will hold: name -> (name of the tensor it comes from, parameter to fold or None, dtype and
-        shape of that tensor). Tied parameters stand under one name until one of them changes; then each has its own.
+    def _written(self, file: str, owners: Mapping[str, str]) -> dict[str, _Output]:
+        """What the shard will hold, by name. Tied parameters stand under one name until one of them changes; then each
+        has its own.
         """
         written = {}
-        names_at: dict[str, list[str]] = {}
-        for name, (at, key) in self.checkpoint.place.items():
-            if at == file:
-                names_at.setdefault(key, []).append(name)
+        at: dict[str, dict[str, Part]] = {}
+        for name, parts in self.checkpoint.place.items():
+            for part in parts:
+                if part.file == file:
+                    at.setdefault(part.key, {})[name] = part
         for key, (dtype, shape) in self.checkpoint.shards[file].items():
-            names = names_at.get(key, [])
+            here = at.get(key, {})
             own = next(
-                (name for name in names if name == key or name.endswith(f".{key}") or key.endswith(f".{name}")), None
+                (name for name in here if name == key or name.endswith(f".{key}") or key.endswith(f".{name}")), None
             )
-            written[key] = (key, own if own in owners else None, dtype, shape)
-            if any(name in owners for name in names):
-                for name in names:
-                    if name != own:
-                        written[name] = (key, name if name in owners else None, dtype, shape)
+            if own is None and len(here) == 1:  # transformers has another name for it
+                (own,) = here
+            outputs = {key: own} | {name: name for name in here if name != own and here.keys() & owners.keys()}
+            for output, parameter in outputs.items():
+                if parameter is None or parameter not in owners:
+                    written[output] = _Output(key, dtype, shape)
+                else:
+                    written[output] = _Output(key, dtype, shape, parameter, here[parameter].index)
         return written
-
-    def _entry(self, name: str) -> tuple[torch.dtype, tuple[int, ...]]:
-        file, key = self.checkpoint.place[name]
-        return self.checkpoint.shards[file][key]
 
     def _stored(self, dtype: torch.dtype) -> torch.dtype:
         return self.dtype if self.dtype is not None and dtype.is_floating_point else dtype
 
     def _folded(
         self,
-        name: str,
+        output: _Output,
         path: str,
         module: AdaptedModule,
         selection: Selection,
         shards: Mapping[str, Mapping[str, torch.Tensor]],
     ) -> torch.Tensor:
-        """A parameter with the update in it. All of its module's are folded at once, since an update may need them."""
+        """A parameter with the update in it, or a part of one. All of its module's are folded at once, since an update
+        may need them.
+        """
+        name = output.folded
+        assert name is not None, "called for what is to be folded"
         if name not in self._ready:
             kept = dict(base_parameters(module))
             try:
                 for own_name in kept:
-                    file, key = self.checkpoint.place[f"{path}.{own_name}" if path else own_name]
-                    _put(module, own_name, nn.Parameter(shards[file][key], requires_grad=False))
+                    tensor = self.checkpoint.read(f"{path}.{own_name}" if path else own_name, shards)
+                    _put(module, own_name, nn.Parameter(tensor, requires_grad=False))
                 for (full, _, _), stored, layer in folding.folded_parameters(
                     {path: module}, selection, self.seed, dtype=self.dtype
                 ):
                     self._ready[full] = stored
+                    self._unwritten[full] = len(self.checkpoint.place[full])
                     self._layers.append(layer)
             finally:
                 for own_name, parameter in kept.items():
                     _put(module, own_name, parameter)
-        return self._ready.pop(name)
+        self._unwritten[name] -= 1
+        return (self._ready[name] if self._unwritten[name] else self._ready.pop(name))[output.index]
 
 
 def _put(module: nn.Module, name: str, parameter: nn.Parameter) -> None:

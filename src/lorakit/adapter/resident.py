@@ -1,0 +1,175 @@
+"""One adapter inside a model: what it becomes there, put into the modules, read as a value, taken out. Knows not which
+adapters are active.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from lorakit.adapter.config import LoRAConfig
+from lorakit.adapter.fit import refuse_mismatch, refuse_overlap
+from lorakit.adapter.targets import find_targets
+from lorakit.adapter.updates import (
+    by_module,
+    fresh_replacement,
+    fresh_updates,
+    loaded_replacement,
+    loaded_updates,
+    mixin_for,
+)
+from lorakit.adapter.value import Adapter, BaseInfo, Factors
+from lorakit.core.active import ActiveState
+from lorakit.core.attention import AdaptedAttention
+from lorakit.core.deltas import LayerUpdate, Replacement, StackedUpdate, trainable
+from lorakit.core.layer import AdaptedLayer, AdaptedModule, adapt, batch_dim_inside, restore
+from lorakit.core.sites import site_of
+
+Update = LayerUpdate | Replacement
+
+
+def updates_for(
+    model: nn.Module,
+    adapter: LoRAConfig | Adapter,
+    modules: Mapping[str, nn.Module],
+    *,
+    seed: int,
+    here: BaseInfo | None,
+) -> tuple[dict[str, str], dict[str, Update]]:
+    """What an adapter becomes in a model that it fits; the model is not touched.
+
+    Args:
+        model: to be adapted.
+        adapter: a config (fresh updates), or a value.
+        modules: all of the model's by path, without what adapters hold.
+        seed: of fresh updates.
+        here: the base, where a value made on another is to be refused.
+
+    Returns:
+        (path of a low-rank update -> how its layer multiplies, path -> update)
+
+    Raises:
+        TargetError: the config names what is not in the model or cannot be adapted.
+        AdapterMismatchError: the value does not fit.
+    """
+    config = adapter.config if isinstance(adapter, Adapter) else adapter
+    targets = find_targets(model, config)
+    refuse_overlap(targets, modules)
+    if isinstance(adapter, Adapter):
+        refuse_mismatch(adapter, targets, modules, type(model).__name__, here)
+        updates: dict[str, Update] = dict(loaded_updates(adapter, targets))
+        updates |= {path: loaded_replacement(adapter, path, modules[path]) for path in targets.replaced}
+    else:
+        updates = dict(fresh_updates(config, targets, modules, seed))
+        updates |= {path: fresh_replacement(modules[path]) for path in targets.replaced}
+    return {target.path: target.site.kind for target in targets.layers}, updates
+
+
+@dataclass
+class Resident:
+    """One adapter in the model: its config, its slot, the kinds of its factors, and the modules it changes."""
+
+    config: LoRAConfig
+    slot: str
+    kinds: dict[str, str]  # path of a low-rank update -> Site.kind
+    modules: dict[str, AdaptedModule] = field(default_factory=dict)  # path -> module, in the model's order
+
+    def put(
+        self,
+        updates: Mapping[str, Update],
+        modules: Mapping[str, nn.Module],
+        state: ActiveState,
+        dressed: Mapping[type[AdaptedModule], type[AdaptedModule]],
+        *,
+        trainable: bool,
+    ) -> None:
+        """Put updates into their modules, under the slot.
+
+        Args:
+            updates: path -> update, as `updates_for` has them.
+            modules: all of the model's by path.
+            state: what all adapted layers of the model share.
+            dressed: class an adapted module would be given -> the one to give instead.
+            trainable: whether they require gradients.
+        """
+        held = by_module(updates, modules)
+        for path, module in modules.items():
+            if path not in held:
+                continue
+            update = held[path]
+            site = site_of(module)
+            device = next(module.parameters()).device
+            mixin = mixin_for(module, update)
+            adapted = adapt(module, dressed.get(mixin, mixin), state)
+            if isinstance(adapted, AdaptedLayer | AdaptedAttention):
+                adapted.lorakit_site = site
+            adapted.lorakit_batch_dim = batch_dim_inside(modules.get(path.rpartition(".")[0]))
+            update.requires_grad_(trainable).train(module.training)
+            # a skeleton's weights are nowhere; what an adapter holds is somewhere all the same
+            adapted.lorakit_updates[self.slot] = update if device.type == "meta" else update.to(device)
+            self.modules[path] = adapted
+
+    def take_out(self) -> None:
+        """Take the updates out; a module without any is again what it was."""
+        for module in self.modules.values():
+            del module.lorakit_updates[self.slot]
+            if not module.lorakit_updates:
+                restore(module)
+
+    def updates(self) -> Iterator[tuple[str, Update]]:
+        """(path, update), those of a stack's parameters one by one."""
+        for path, module in self.modules.items():
+            update = module.lorakit_updates[self.slot]
+            if isinstance(update, StackedUpdate):
+                for name, one in update.updates.items():
+                    yield f"{path}.{name}" if path else name, cast("LayerUpdate", one)
+            else:
+                yield path, cast("LayerUpdate | Replacement", update)
+
+    def value(self, base: BaseInfo) -> Adapter:
+        """A copy as a value, on the CPU, in the dtype it is held in."""
+        factors: dict[str, Factors] = {}
+        biases: dict[str, torch.Tensor] = {}
+        replaced: dict[str, torch.Tensor] = {}
+        tokens: dict[str, torch.Tensor] = {}
+        for path, update in self.updates():
+            if isinstance(update, Replacement):
+                replaced |= {f"{path}.{key}": _copied(tensor) for key, tensor in update.copy.state_dict().items()}
+                continue
+            if update.lora is not None:
+                factors[path] = Factors(
+                    A=_copied(update.lora.A),
+                    B=_copied(update.lora.B),
+                    alpha=update.lora.alpha,
+                    kind=self.kinds[path],  # type: ignore[arg-type]
+                )
+            if update.bias is not None:
+                biases[path] = _copied(update.bias)
+            if update.tokens is not None and not update.lent:
+                tokens[path] = _copied(update.tokens.rows)
+        return Adapter(config=self.config, factors=factors, biases=biases, replaced=replaced, tokens=tokens, base=base)
+
+    def trainable_tensors(self) -> dict[str, nn.Parameter]:
+        """All tensors it trains, by stable names."""
+        return {
+            f"{path}.{tensor}": parameter for path, update in self.updates() for tensor, parameter in trainable(update)
+        }
+
+    def summary(self) -> dict[str, Any]:
+        """Counts for printing and JSON: layers, ranks, parameters, bytes."""
+        tensors = self.trainable_tensors()
+        loras = [update.lora for _, update in self.updates() if isinstance(update, LayerUpdate)]
+        return {
+            "layers": sum(lora is not None for lora in loras),
+            "ranks": sorted({lora.r for lora in loras if lora is not None}),
+            "parameters": sum(p.numel() for p in tensors.values()),
+            "bytes": sum(p.numel() * p.element_size() for p in tensors.values()),
+        }
+
+
+def _copied(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().to("cpu", copy=True)

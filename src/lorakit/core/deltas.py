@@ -60,7 +60,7 @@ class LoRA(nn.Module):
         return not (
             torch.compiler.is_compiling()  # fuses by itself, and cannot see into our function
             or (self.dropout and self.training)
-            or torch.is_autocast_enabled(x.device.type)
+            or (not x.is_meta and torch.is_autocast_enabled(x.device.type))  # which knows no such device
             or not isinstance(weight, nn.Parameter)
             or weight.requires_grad
             or weight.dtype != x.dtype

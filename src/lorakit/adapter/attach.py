@@ -519,6 +519,10 @@ class AttachedAdapters:
     def _enter_model(self) -> None:
         self.model.__dict__[_HANDLE] = self
 
+    def _class_for(self, module: nn.Module, update: LayerUpdate | Replacement | StackedUpdate) -> type[AdaptedModule]:
+        mixin = mixin_for(module, update)
+        return self.dressed.get(mixin, mixin)
+
     def _insert(
         self,
         resident: _Resident,
@@ -541,8 +545,7 @@ class AttachedAdapters:
             update = held[path]
             site = site_of(module)
             device = next(module.parameters()).device
-            mixin = mixin_for(module, update)
-            adapted = adapt(module, self.dressed.get(mixin, mixin), self._state)
+            adapted = adapt(module, self._class_for(module, update), self._state)
             if isinstance(adapted, AdaptedLayer | AdaptedAttention):
                 adapted.lorakit_site = site
             adapted.lorakit_batch_dim = batch_dim_inside(modules.get(path.rpartition(".")[0]))

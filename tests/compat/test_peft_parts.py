@@ -121,7 +121,7 @@ def test_wrappers_of_parameters_have_pefts_attributes():
         model.add_adapter("third", facade.LoraConfig(target_modules=[], target_parameters=["experts.down_proj"]))
     model.delete_adapter("other")
     assert set(outer.base_layer.lora_A) == {"default"}
-    with pytest.raises(ValueError, match="does not support targeting nn.Parameter"):
+    with pytest.raises(ValueError, match=r"does not support targeting nn\.Parameter"):
         model.base_model.add_weighted_adapter(["default"], [1.0], "sum")
 
 

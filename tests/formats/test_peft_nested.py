@@ -1,5 +1,6 @@
 """Attentions and experts in PEFT's files, both ways, against PEFT itself."""
 
+import copy
 import json
 
 import peft
@@ -83,9 +84,9 @@ def run(case, model):
 def test_an_adapted_router_is_read(tmp_path):
     """PEFT's "all-linear" on a mixture means what was linear in transformers 4: the router and all experts too."""
     config = peft.LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
-    wrapped = quiet_peft(peft.get_peft_model, qwen3_moe(), config).eval()
-    quiet_peft(wrapped.save_pretrained, tmp_path / "a")
     model, ids = qwen3_moe().eval(), torch.arange(8).view(2, 4)
+    wrapped = quiet_peft(peft.get_peft_model, copy.deepcopy(model), config).eval()
+    quiet_peft(wrapped.save_pretrained, tmp_path / "a")
     lorakit.attach(model, tmp_path / "a")
     torch.testing.assert_close(model(ids).logits, wrapped(ids).logits, rtol=1e-4, atol=1e-4)
 

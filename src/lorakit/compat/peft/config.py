@@ -20,6 +20,10 @@ from lorakit.core.layer import base_modules
 from lorakit.errors import ConfigError, bullet_list, nearest
 from lorakit.files import read_json, write_json
 from lorakit.formats.peft import CONFIG_FILE
+from lorakit.formats.peft_nested import ADDS_TWICE
+
+__version__ = ADDS_TWICE
+"""The PEFT whose names and files these are."""
 
 
 class TaskType(enum.StrEnum):
@@ -73,6 +77,7 @@ class PeftConfig:
     def __post_init__(self) -> None:
         if self.task_type is not None and self.task_type not in list(TaskType):
             raise ConfigError(f"Invalid task type: {self.task_type!r}; there are {', '.join(TaskType)}")
+        self.peft_version = self.peft_version or __version__
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, as JSON has them."""
@@ -102,6 +107,7 @@ class PeftConfig:
         values = read_json(Path(path_json_file))
         if not isinstance(values, dict):
             raise ConfigError(f"{path_json_file}: expected an object, found {type(values).__name__}")
+        values.pop("runtime_config", None)  # of one run
         return values
 
     @classmethod

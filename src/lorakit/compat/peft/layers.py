@@ -184,7 +184,7 @@ class BaseTunerLayer(AdaptedModule):
         yielded = False
         for name, part in self.parts():
             path = f"{prefix}.{name}" if prefix and name else prefix or name
-            if name and not yielded and name not in ("base_layer", "original_module"):
+            if name and not yielded and name not in ("base_layer", "original_module", "token_adapter"):
                 yielded = True
                 yield prefix, self
             # the base comes before the layer itself: the name under which a parameter is met first is the one it has

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from lorakit.compat.peft.card import write_model_card
-from lorakit.compat.peft.config import LoraConfig, PeftConfig
+from lorakit.compat.peft.config import LoraConfig, PeftConfig, __version__
 from lorakit.compat.peft.errors import MismatchError, PeftValueError, UnsupportedError
 from lorakit.compat.peft.files import adapter_folder, read_adapter
 from lorakit.compat.peft.lora_layers import NamedAsInPeft
@@ -254,7 +254,8 @@ class PeftModel(NamedAsInPeft):
         config = self.peft_config[name]
         if config.base_model_name_or_path is None:
             config.base_model_name_or_path = getattr(self.get_base_model(), "name_or_path", None) or None
-        values = {**config.to_dict(), "inference_mode": True}
+        # how an attention's update lies in the file depends on the version, whatever that of a file read before
+        values = {**config.to_dict(), "inference_mode": True, "peft_version": __version__}
         if config.task_type is None:
             kind = type(self.get_base_model())
             values["auto_mapping"] = {"base_model_class": kind.__name__, "parent_library": kind.__module__}

@@ -279,6 +279,21 @@ def test_an_adapter_comes_with_its_base(tmp_path):
         facade.AutoPeftModelForSequenceClassification.from_pretrained(tmp_path / "adapter")
 
 
+def test_without_a_task_the_base_is_of_its_own_class(tmp_path):
+    tiny_llama().save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    model = facade.get_peft_model(base, facade.LoraConfig(init_lora_weights=False)).eval()
+    model.save_pretrained(tmp_path / "adapter")
+    loaded = facade.AutoPeftModel.from_pretrained(tmp_path / "adapter")
+    ids = torch.tensor([[1, 2, 3]])
+    torch.testing.assert_close(loaded(ids).logits, model(ids).logits)
+    path = tmp_path / "adapter" / "adapter_config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"auto_mapping": {"base_model_class": "system", "parent_library": "os"}}))
+    with pytest.raises(ValueError, match="not transformers'"):
+        facade.AutoPeftModel.from_pretrained(tmp_path / "adapter")
+
+
 def test_copies_pickles_and_state_dicts_are_whole():
     model = build(facade, "torch encoder", "random").eval()
     expected, run = CASES["torch encoder"].run(model), CASES["torch encoder"].run

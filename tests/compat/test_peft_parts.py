@@ -270,3 +270,20 @@ def test_layers_that_disagree_are_not_merged():
     next(m for m in model.modules() if isinstance(m, LoraLayer)).enable_adapters(False)
     with pytest.raises(ValueError, match="for some layers alone"):
         model.merge_and_unload()
+
+
+@pytest.mark.filterwarnings("ignore:FSDP is switching:UserWarning", "ignore:When using ``NO_SHARD``:UserWarning")
+def test_one_process_may_be_wrapped_in_fsdp(tmp_path):
+    """Names are found there as in PEFT's models; on more processes it is refused, see docs/compat.md."""
+    from torch import distributed
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    model = adapted(facade, tiny_llama(), target_modules=["q_proj"])
+    expected, files = run(model), facade.get_peft_model_state_dict(model)
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        wrapped = FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
+        torch.testing.assert_close(wrapped(IDS).logits, expected)
+        same(facade.get_peft_model_state_dict(wrapped), files)
+    finally:
+        distributed.destroy_process_group()

@@ -156,10 +156,9 @@ class PeftAdapters(AttachedAdapters):
                     own = set(module.rows()[name].indices.tolist())
                     if taken & own:
                         raise PeftValueError(
-                            f"Only one adapter can be set at a time for TrainableTokensWrapper {path}: "
                             f"Token indices of adapter {name} are already defined and would result in undefined "
-                            f"merging behavior. Only disjunct token indices are currently supported; "
-                            f"{sorted(taken & own)} are in two."
+                            "merging behavior. Only one adapter can be set at a time for TrainableTokensWrapper "
+                            f"{path}, unless their tokens differ; {sorted(taken & own)} are in two."
                         )
                     taken |= own
 

@@ -195,8 +195,10 @@ class BaseTunerLayer(AdaptedModule):
     def named_parameters(
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
     ) -> Iterator[tuple[str, nn.Parameter]]:
-        """As torch's; of its own a wrapped layer has none, they are in what it wraps."""
-        if recurse or any(not name for name, _ in self.parts()):
+        """As torch's. Where all names of parameters are asked for, module by module (FSDP does), a wrapped layer has
+        none of its own: they are in what it wraps.
+        """
+        if recurse or remove_duplicate or any(not name for name, _ in self.parts()):
             yield from super().named_parameters(prefix, recurse, remove_duplicate)
 
     def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:

@@ -265,6 +265,17 @@ def test_a_layer_may_choose_for_itself(lib):
     torch.testing.assert_close(run(model), chosen, rtol=1e-4, atol=1e-5)
 
 
+def test_one_adapter_may_train_biases_beside_others():
+    model = adapted(facade, CASES["mlp"].build(), target_modules=["first"], bias="all")
+    model.add_adapter("plain", facade.LoraConfig(target_modules=["first"]))
+    assert any(name.endswith("bias") for name in facade.get_peft_model_state_dict(model))
+    files = facade.get_peft_model_state_dict(model, adapter_name="plain")
+    assert not any(name.endswith("bias") for name in files)
+    facade.set_peft_model_state_dict(model, files, adapter_name="plain")
+    with pytest.raises(ValueError, match="only 1 adapter with bias"):
+        model.add_adapter("more", facade.LoraConfig(target_modules=["first"], bias="lora_only"))
+
+
 def test_layers_that_disagree_are_not_merged():
     model = adapted(facade, CASES["llama"].build(), target_modules=["q_proj", "v_proj"])
     next(m for m in model.modules() if isinstance(m, LoraLayer)).enable_adapters(False)

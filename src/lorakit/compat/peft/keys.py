@@ -28,7 +28,8 @@ def key_map(model: nn.Module, adapter: str) -> Mapping[str, str]:
         elif isinstance(module, LoraLayer) and adapter in module.here():
             if adapter in module.loras():
                 found |= _factors(module, path, adapter)
-            if module._trained_bias() is not None:
+            trained = module._trained_bias()
+            if trained is not None and module.lorakit_state.names[trained[0]] == adapter:
                 name = module.bias_key()
                 found[f"{path}.{name}"] = f"{path}.{name}"
         elif isinstance(module, ModulesToSaveWrapper) and adapter in module.copies():

@@ -165,7 +165,7 @@ class LoraModel(NamedAsInPeft):
                     f"parameters, but got {sorted(config.target_parameters)} for the new adapter and "
                     f"{sorted(parameters)} for adapter {other!r}."
                 )
-        if self.peft_config and any(c.bias != "none" for c in (config, *self.peft_config.values())):
+        if config.bias != "none" and any(c.bias != "none" for c in self.peft_config.values()):
             raise PeftValueError(
                 f"{type(self).__name__} supports only 1 adapter with bias. When using multiple adapters, "
                 "set bias to 'none' for all adapters."

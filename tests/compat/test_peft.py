@@ -21,7 +21,10 @@ from lorakit.errors import LorakitError
 from tiny_models import tiny_llama
 
 # PEFT reads a name that transformers has deprecated
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True` and a tied layer"),  # both say it
+]
 
 BOTH = pytest.mark.parametrize("lib", [peft, facade], ids=["peft", "facade"])
 NAMES = ["mlp", "embedding", "llama", "llama embedding", "gpt2", "bert", "vit", "torch encoder"]
@@ -274,6 +277,21 @@ def test_an_adapter_comes_with_its_base(tmp_path):
     torch.testing.assert_close(loaded(ids).logits, model(ids).logits)
     with pytest.raises(ValueError, match="SEQ_CLS"):
         facade.AutoPeftModelForSequenceClassification.from_pretrained(tmp_path / "adapter")
+
+
+def test_without_a_task_the_base_is_of_its_own_class(tmp_path):
+    tiny_llama().save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    model = facade.get_peft_model(base, facade.LoraConfig(init_lora_weights=False)).eval()
+    model.save_pretrained(tmp_path / "adapter")
+    loaded = facade.AutoPeftModel.from_pretrained(tmp_path / "adapter")
+    ids = torch.tensor([[1, 2, 3]])
+    torch.testing.assert_close(loaded(ids).logits, model(ids).logits)
+    path = tmp_path / "adapter" / "adapter_config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"auto_mapping": {"base_model_class": "system", "parent_library": "os"}}))
+    with pytest.raises(ValueError, match="not transformers'"):
+        facade.AutoPeftModel.from_pretrained(tmp_path / "adapter")
 
 
 def test_copies_pickles_and_state_dicts_are_whole():

@@ -15,7 +15,10 @@ from lorakit.errors import AdapterFileError, AdapterMismatchError, LorakitError,
 from tiny_models import tiny_llama
 
 # PEFT reads a name that transformers has deprecated
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True` and a tied layer"),  # both say it
+]
 
 RUN = CASES["llama"].run
 

@@ -241,8 +241,9 @@ def test_packed_and_fused_compute_what_rows_alone_compute(make):
     [
         ({"target_parameters": ("gate_up_porj",)}, r"'gate_up_porj': matches no parameter; did you mean gate_up_proj"),
         ({"target_parameters": ("experts.up_proj",)}, r"matches no parameter; did you mean .*experts\.down_proj"),
-        ({"target_parameters": ("q_proj.weight",)}, r"is the weight of a Linear; name the layer in target_modules"),
-        ({"target_parameters": ("gate.weight",)}, r"MixtralTopKRouter is not among the experts"),
+        ({"target_parameters": ("q_proj.weight",)}, r"q_proj\.weight: its module is in target_modules too"),
+        ({"target_parameters": ("norm.weight",)}, r"norm\.weight: is no matrix and no stack of them"),
+        ({"target_parameters": ("gate.weight",), "dropout": 0.1}, r"dropout: .*gate\.weight cannot have any"),
         ({"target_parameters": EXPERTS, "exclude_modules": ("down_prj",)}, r"exclude_modules 'down_prj'.*down_proj"),
         ({"target_modules": (), "target_parameters": ()}, r"target_modules: is empty"),
     ],
@@ -265,10 +266,52 @@ def test_all_linear_leaves_stacks_alone_and_patterns_and_layers_reach_them():
     assert torch.allclose(folded.delta(f"{prefix}.gate_up_proj"), value.delta(f"{prefix}.gate_up_proj"))
 
 
-def test_experts_run_in_another_way_are_refused_by_name():
-    model = Llama4ForCausalLM(Llama4TextConfig(**SMALL, intermediate_size_mlp=32, num_local_experts=2))
-    with pytest.raises(TargetError, match="Llama4TextExperts is not among the experts lorakit knows"):
-        lorakit.attach(model, LoRAConfig(r=2, target_modules=(), target_parameters=EXPERTS))
+@pytest.mark.parametrize("targets", [EXPERTS, ("router.weight",), ("q_proj.weight", "experts.down_proj")])
+def test_other_parameters_are_folded_in_for_each_pass(targets):
+    torch.manual_seed(0)
+    model = Llama4ForCausalLM(Llama4TextConfig(**SMALL, intermediate_size_mlp=32, num_local_experts=2)).eval()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    ids = torch.arange(6).view(2, 3)
+    before = model(ids).logits
+    config = LoRAConfig(r=2, target_modules=(), target_parameters=targets, init="random")
+    handle = lorakit.attach(model, config)
+    after = model(ids).logits
+    assert not torch.allclose(after, before)
+    after.sum().backward()
+    assert all(tensor.grad is not None for tensor in handle.trainable_tensors().values())
+    with handle.merged():
+        torch.testing.assert_close(model(ids).logits, after, rtol=1e-4, atol=1e-5)
+    with (
+        pytest.raises(lorakit.errors.AdapterError, match="rows cannot have their own"),
+        handle.route(["default", None]),
+    ):
+        model(ids)
+    value = handle.extract()
+    handle.detach()
+    assert torch.equal(model(ids).logits, before)
+    lorakit.attach(model, value)
+    assert torch.equal(model(ids).logits, after)
+
+
+def test_parameters_that_no_pass_would_use_are_refused():
+    class Held(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.table = nn.ParameterDict({"w": torch.zeros(3, 3)}), nn.Parameter(torch.zeros(3, 3))
+            self.attention = nn.MultiheadAttention(4, 1)
+
+    for name, message in {
+        "inner.w": "is never called itself",
+        "table": "top-level module is not supported",
+        "out_proj.weight": "is read by a MultiheadAttention",
+    }.items():
+        with pytest.raises(TargetError, match=message):
+            lorakit.attach(Held(), LoRAConfig(r=2, target_modules=(), target_parameters=(name,)))
+    linear = nn.Sequential(nn.Linear(3, 3))
+    handle = lorakit.attach(linear, LoRAConfig(r=2))
+    with pytest.raises(TargetError, match="another adapter has the Linear itself in target_modules"):
+        handle.add("other", LoRAConfig(r=2, target_modules=(), target_parameters=("0.weight",)))
 
 
 def test_experts_that_do_not_keep_to_the_contract_are_found_out():

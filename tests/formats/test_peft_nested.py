@@ -1,10 +1,12 @@
 """Attentions and experts in PEFT's files, both ways, against PEFT itself."""
 
+import copy
 import json
 
 import peft
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 import lorakit
@@ -79,13 +81,14 @@ def run(case, model):
         return case.run(model)
 
 
-def test_an_adapted_router_is_refused_by_name(tmp_path):
+def test_an_adapted_router_is_read(tmp_path):
     """PEFT's "all-linear" on a mixture means what was linear in transformers 4: the router and all experts too."""
-    config = peft.LoraConfig(r=4, target_modules="all-linear")
-    wrapped = quiet_peft(peft.get_peft_model, qwen3_moe(), config)
+    config = peft.LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+    model, ids = qwen3_moe().eval(), torch.arange(8).view(2, 4)
+    wrapped = quiet_peft(peft.get_peft_model, copy.deepcopy(model), config).eval()
     quiet_peft(wrapped.save_pretrained, tmp_path / "a")
-    with pytest.raises(AdapterFileError, match=r"target_parameters 'gate\.weight': no stack of experts"):
-        Adapter.load(tmp_path / "a")
+    lorakit.attach(model, tmp_path / "a")
+    torch.testing.assert_close(model(ids).logits, wrapped(ids).logits, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("rslora", [False, True])
@@ -214,10 +217,33 @@ def test_damaged_stacks_are_told(change, message, tmp_path):
         Adapter.load(tmp_path / "a")
 
 
-def test_parameters_of_linear_layers_are_refused_by_name(tmp_path):
+def test_parameters_of_linear_layers_are_read(tmp_path):
     config = peft.LoraConfig(r=4, target_modules=[], target_parameters=["0.weight"])
     wrapped = quiet_peft(peft.get_peft_model, nn.Sequential(nn.Linear(6, 6)), config)
     nn.init.normal_(wrapped.base_model.model[0].lora_B["default"].weight)
     quiet_peft(wrapped.save_pretrained, tmp_path / "a")
-    with pytest.raises(lorakit.errors.LorakitError, match=r"'0\.weight': no stack of experts.*name layers"):
-        lorakit.attach(nn.Sequential(nn.Linear(6, 6)), tmp_path / "a")
+    base = wrapped.base_model.model[0].base_layer
+    model, x = nn.Sequential(nn.Linear(6, 6)), torch.randn(3, 6)
+    model[0].load_state_dict(base.state_dict())
+    handle = lorakit.attach(model, tmp_path / "a", check_base=False)
+    torch.testing.assert_close(model(x), wrapped(x))
+    handle.save("default", tmp_path / "b")
+    assert (
+        load_file(tmp_path / "b" / "adapter_model.safetensors").keys()
+        == load_file(tmp_path / "a" / "adapter_model.safetensors").keys()
+    )
+
+
+def test_parameters_whose_order_no_file_tells_are_not_written(tmp_path):
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.second, self.first = nn.Parameter(torch.ones(3, 3)), nn.Parameter(torch.ones(3, 3))
+
+        def forward(self, x):
+            return x @ self.first @ self.second
+
+    config = LoRAConfig(r=2, target_modules=(), target_parameters=("0.first", "0.second"), init="random")
+    handle = lorakit.attach(nn.Sequential(Two()), config)
+    with pytest.raises(AdapterFileError, match="0: factors of several of its parameters"):
+        handle.save("default", tmp_path / "a")

@@ -14,9 +14,11 @@ from torch import nn
 from lorakit.adapter import fingerprint, folding
 from lorakit.adapter.config import LoRAConfig
 from lorakit.adapter.folding import FoldReport
-from lorakit.adapter.resident import Resident, updates_for
+from lorakit.adapter.resident import Resident, Update, updates_for
+from lorakit.adapter.updates import mixin_for
 from lorakit.adapter.value import Adapter, BaseInfo
 from lorakit.core.active import NOTHING, ActiveState, Route, Selection
+from lorakit.core.deltas import StackedUpdate
 from lorakit.core.layer import AdaptedModule, base_modules, base_parameters, batch_dim, fuse_again, unfuse
 from lorakit.errors import AdapterError, nearest
 
@@ -293,7 +295,7 @@ class AttachedAdapters:
         self._freeze_base()
         resident = Resident(adapter if isinstance(adapter, LoRAConfig) else adapter.config, str(self._slots), kinds)
         self._slots += 1
-        resident.put(updates, modules, self._state, self.dressed, trainable=fresh if trainable is None else trainable)
+        self._put(resident, updates, modules, trainable=fresh if trainable is None else trainable)
         self._residents[name] = resident
         if before is not None:
             chosen = self._state.everywhere.weights
@@ -419,6 +421,20 @@ class AttachedAdapters:
 
     def _enter_model(self) -> None:
         self.model.__dict__[_HANDLE] = self
+
+    def _class_for(self, module: nn.Module, update: Update | StackedUpdate) -> type[AdaptedModule]:
+        mixin = mixin_for(module, update)
+        return self.dressed.get(mixin, mixin)
+
+    def _put(
+        self,
+        resident: Resident,
+        updates: Mapping[str, Update],
+        modules: Mapping[str, nn.Module],
+        *,
+        trainable: bool,
+    ) -> None:
+        resident.put(updates, modules, self._state, self._class_for, trainable=trainable)
 
     def _freeze_base(self) -> None:
         """Before an adapter comes in: nothing of the base is trained, and nothing fused hides a layer."""

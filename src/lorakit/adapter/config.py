@@ -59,8 +59,9 @@ class LoRAConfig(Config):
     that must match whole paths. A MultiheadAttention means both its projections; `exclude_modules` takes one out."""
 
     target_parameters: Annotated[tuple[str, ...], _NONE_IS_EMPTY] = ()
-    """Stacked weights of experts (3-D parameters, one matrix an expert): names matched against the end of parameter
-    names, e.g. "mlp.experts.gate_up_proj". With these, `target_modules` may be empty."""
+    """Stacked weights of experts (3-D parameters, one matrix an expert), and other parameters of two or three
+    dimensions: names matched against the end of parameter names, e.g. "mlp.experts.gate_up_proj". The weight of a plain
+    layer is cheaper to adapt by `target_modules`. With these, `target_modules` may be empty."""
 
     exclude_modules: str | tuple[str, ...] | None = None
     """Layers (and parameters of `target_parameters`) to leave out, written like `target_modules`."""

@@ -206,7 +206,8 @@ def preview(
         layers.append(layer)
         dtypes.add(str(stored.dtype).removeprefix("torch."))
         names.append(name)
-    shared = shared_parameters(model)
+    kept = {name for group in _staying_tied(model, modules, selection) for name in group}
+    shared = shared_parameters(model) - kept
     return FoldReport(
         layers=tuple(layers), dtypes=tuple(sorted(dtypes)), untied=tuple(name for name in names if name in shared)
     )
@@ -214,12 +215,37 @@ def preview(
 
 def shared_parameters(model: nn.Module) -> set[str]:
     """Full names of parameters that are the same tensor under more than one name (tied weights)."""
+    return {name for group in _tied(model) for name in group}
+
+
+def _tied(model: nn.Module) -> list[list[str]]:
+    """Groups of full names of one tensor."""
     names: dict[int, list[str]] = {}
     for path, module in base_modules(model):
         for name, parameter in module._parameters.items():
             if parameter is not None:
                 names.setdefault(id(parameter), []).append(f"{path}.{name}" if path else name)
-    return {name for group in names.values() if len(group) > 1 for name in group}
+    return [group for group in names.values() if len(group) > 1]
+
+
+def _staying_tied(model: nn.Module, modules: Mapping[str, AdaptedModule], selection: Selection) -> list[list[str]]:
+    """The groups in which every module's change is the same: rows of an embedding that are its head's too, say."""
+
+    def change(name: str) -> list[tuple[int, ...]]:
+        path, _, own_name = name.rpartition(".")
+        module = modules.get(path)
+        if module is None or own_name != "weight":
+            return []
+        found: list[tuple[int, ...]] = []
+        for update, _ in module.active_updates(selection):
+            if isinstance(update, Replacement):
+                found.append((id(update.copy._parameters[own_name]),))
+            elif isinstance(update, LayerUpdate):
+                found.append((0 if update.lora is None else id(update.lora.origin), id(update.tokens)))
+        return found
+
+    groups = [(group, [change(name) for name in group]) for group in _tied(model)]
+    return [group for group, changes in groups if changes[0] and all(each == changes[0] for each in changes)]
 
 
 class Exchange:
@@ -256,12 +282,16 @@ def fold_in(model: nn.Module, modules: Mapping[str, AdaptedModule], selection: S
     """Write a selection into the parameters for good, one at a time; `preview` has said that all can be.
 
     A parameter shared with another module is given to its adapted module alone first, and the config of a transformers
-    model is told that its embeddings are tied no more.
+    model is told that its embeddings are tied no more; unless all that share it change alike.
     """
-    shared = shared_parameters(model)
+    staying = _staying_tied(model, modules, selection)
+    again = {name for group in staying for name in group[1:]}
+    shared = shared_parameters(model) - {name for group in staying for name in group}
     untied = False
     for (name, module, own_name), stored, _ in folded_parameters(modules, selection, seed):
         own = module.get_parameter(own_name)
+        if name in again:
+            continue
         if name in shared:
             module._parameters[own_name] = nn.Parameter(stored, requires_grad=own.requires_grad)
             untied = True

@@ -4,7 +4,7 @@ adapters are active.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -20,7 +20,6 @@ from lorakit.adapter.updates import (
     fresh_updates,
     loaded_replacement,
     loaded_updates,
-    mixin_for,
 )
 from lorakit.adapter.value import Adapter, BaseInfo, Factors
 from lorakit.core.active import ActiveState
@@ -83,7 +82,7 @@ class Resident:
         updates: Mapping[str, Update],
         modules: Mapping[str, nn.Module],
         state: ActiveState,
-        dressed: Mapping[type[AdaptedModule], type[AdaptedModule]],
+        class_for: Callable[[nn.Module, Update | StackedUpdate], type[AdaptedModule]],
         *,
         trainable: bool,
     ) -> None:
@@ -93,7 +92,7 @@ class Resident:
             updates: path -> update, as `updates_for` has them.
             modules: all of the model's by path.
             state: what all adapted layers of the model share.
-            dressed: class an adapted module would be given -> the one to give instead.
+            class_for: the class that a module with this update is given.
             trainable: whether they require gradients.
         """
         held = by_module(updates, modules)
@@ -103,8 +102,7 @@ class Resident:
             update = held[path]
             site = site_of(module)
             device = next(module.parameters()).device
-            mixin = mixin_for(module, update)
-            adapted = adapt(module, dressed.get(mixin, mixin), state)
+            adapted = adapt(module, class_for(module, update), state)
             if isinstance(adapted, AdaptedLayer | AdaptedAttention):
                 adapted.lorakit_site = site
             adapted.lorakit_batch_dim = batch_dim_inside(modules.get(path.rpartition(".")[0]))

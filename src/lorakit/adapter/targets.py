@@ -13,8 +13,8 @@ from torch import nn
 from lorakit.adapter.config import LoRAConfig
 from lorakit.adapter.patterns import ends, matching
 from lorakit.core import experts
-from lorakit.core.attention import is_output_projection
-from lorakit.core.layer import base_modules, bias_dim, bias_name
+from lorakit.core.attention import AdaptedAttention, is_output_projection
+from lorakit.core.layer import AdaptedLayer, base_modules, bias_dim, bias_name
 from lorakit.core.sites import Site, is_attention, is_linear, site_of
 from lorakit.errors import TargetError, bullet_list, nearest
 
@@ -81,6 +81,11 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> Targets:
         named |= {f"{path}.out_proj" for path in named if is_attention(candidates[path])}  # as PEFT means it
         chosen = [path for path in candidates if path in named]
     stacks = _stacks(candidates, config.target_parameters, problems)
+    problems += [
+        f"{path}: its module is in target_modules too; leave one of them out"
+        for path in stacks
+        if path.rpartition(".")[0] in chosen
+    ]
     chosen += stacks
     if config.exclude_modules:
         excluded = set(_match_names(config.exclude_modules, dict.fromkeys(chosen), "exclude_modules", problems))
@@ -102,7 +107,15 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> Targets:
         known = path if path in ranks or site.kind != "attention" else path.removesuffix(".out_proj")
         also = path if path in alphas or site.kind != "attention" else path.removesuffix(".out_proj")
         layers.append(Target(path, module, site, int(ranks.get(known, config.r)), alphas.get(also, config.alpha)))
+    folded = [path for path in stacks if path in chosen and not experts.keeps_contract(module_at(path, candidates))]
+    if folded and config.dropout:
+        problems.append(f"dropout: {folded[0]} cannot have any, as its update is folded into it")
     biases = _biases(candidates, chosen, config.bias, problems)
+    problems += [
+        f"bias {config.bias!r}: cannot train the bias of {path}, whose parameters are targeted by name"
+        for path in biases
+        if any(stack.rpartition(".")[0] == path for stack in stacks)
+    ]
     tokens = _embedding_and_tied(model, modules, config.trainable_tokens, [*chosen, *replaced], problems)
     if problems:
         raise TargetError(
@@ -130,7 +143,7 @@ def readers(paths: Iterable[str], modules: Mapping[str, nn.Module]) -> list[str]
 
 
 def _stacks(candidates: Mapping[str, nn.Module], names: Sequence[str], problems: list[str]) -> dict[str, Site]:
-    """The stacked weights that `target_parameters` names, by full name."""
+    """The parameters that `target_parameters` names, by full name."""
     if not names:
         return {}
     parameters = {
@@ -143,23 +156,24 @@ def _stacks(candidates: Mapping[str, nn.Module], names: Sequence[str], problems:
     asked: dict[type, str | None] = {}
     for path in _match_names(names, parameters, "target_parameters", problems):
         module, name = parameters[path]
-        kind, site = type(module), experts.experts_site(module, name)
-        if site is not None and kind not in asked:
-            asked[kind] = experts.why_not(module)
-        if site is not None and asked[kind] is None:
+        kind, site, why = type(module), experts.experts_site(module, name), None
+        if "." not in path:
+            why = f"Targeting an nn.Parameter on the top-level module is not supported (parameter {path!r})"
+        elif site is None:
+            why = f"{path}: is no matrix and no stack of them, or a bias of experts, so it has no low-rank update"
+        elif is_output_projection(module):
+            why = f"{path}: is read by a MultiheadAttention, which does not call {kind.__name__}; name it as a module"
+        elif isinstance(module, AdaptedLayer | AdaptedAttention):
+            why = f"{path}: another adapter has the {kind.__bases__[1].__name__} itself in target_modules"
+        else:
+            if kind not in asked:
+                asked[kind] = experts.why_not(module)
+            why = None if asked[kind] is None else f"{path}: {asked[kind]}"
+        if why is not None:
+            problems.append(why)
+        elif site is not None:
             found[path] = site
-            continue
-        problems.append(f"{path}: {_why_not_stack(module, name) if site is None else asked[kind]}")
     return found
-
-
-def _why_not_stack(module: nn.Module, name: str) -> str:
-    if site_of(module) is not None:
-        return f"is the {name} of a {type(module).__name__}; name the layer in target_modules"
-    return (
-        f"{type(module).__name__} is not among the experts lorakit knows how to adapt: those that transformers runs by "
-        "its experts interface (gate_up_proj or up_proj, and down_proj)"
-    )
 
 
 def _matches(pattern: str, path: str) -> bool:

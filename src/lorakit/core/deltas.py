@@ -39,6 +39,11 @@ class LoRA(nn.Module):
         self.dropout = dropout
         self.r = A.shape[0] if r is None else r
 
+    @property
+    def origin(self) -> LoRA:
+        """The one that has the parameters: two layers with one weight may have one update."""
+        return self
+
     def forward(
         self, site: Site, layer: nn.Module, x: torch.Tensor, dtype: torch.dtype, out: slice = slice(None)
     ) -> torch.Tensor:
@@ -208,8 +213,7 @@ def trainable(update: LayerUpdate | Replacement) -> Iterator[tuple[str, nn.Param
         yield from update.copy.named_parameters()
         return
     if update.lora is not None:
-        yield "A", update.lora.A
-        yield "B", update.lora.B
+        yield from update.lora.named_parameters()
     if update.bias is not None:
         yield "bias", update.bias
     if update.tokens is not None and not update.lent:

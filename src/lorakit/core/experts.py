@@ -7,6 +7,10 @@ norm, and how the stacks lie. The forward here is written on that contract, so i
 route must; it takes no part in the choice of experts. Where no adapter is active the module's own forward runs.
 
 A module is taken for one of these if its forward is the contract's, and if what is computed here is what it computes.
+
+Any other module's parameters, of two or three dimensions, can have updates too. What the module does with them is not
+known, so the updates are folded into the parameters for the length of each pass: that costs a copy of them, an input
+has no place where elements could be dropped, and all rows see the same weights.
 """
 
 from __future__ import annotations
@@ -21,33 +25,66 @@ import torch.nn.functional as F
 from torch import nn
 
 from lorakit.core import kernels
-from lorakit.core.active import Route, Rows
+from lorakit.core.active import Route, Rows, Selection
 from lorakit.core.deltas import LayerUpdate, LoRA, StackedUpdate
 from lorakit.core.layer import AdaptedModule
 from lorakit.core.sites import ExpertsSite
+from lorakit.errors import AdapterError
 
 _CONTRACT = "transformers.integrations.moe"
 
 
 class AdaptedExperts(AdaptedModule):
-    """A module of stacked experts, with the low-rank updates of any number of adapters (`StackedUpdate`)."""
+    """A module of stacked experts, or of other parameters, with the low-rank updates of any number of adapters
+    (`StackedUpdate`).
+    """
 
-    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Each token's weighted sum over its experts, of base and updates.
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Each token's weighted sum over its experts, of base and updates; or the module with updated parameters.
 
         Args:
-            *args: hidden_states (tokens, d), top_k_index (tokens, k), top_k_weights (tokens, k).
+            *args: the module's; of experts hidden_states (tokens, d), top_k_index (tokens, k), top_k_weights (tokens,
+            k).
             **kwargs: the same by name.
+
+        Raises:
+            AdapterError: a route, where updates can only be folded in.
         """
         selection = self.lorakit_state.current()
+        if not keeps_contract(self):
+            return self._folded(selection, *args, **kwargs)
         if isinstance(selection, Route):
             x = args[0] if args else kwargs["hidden_states"]
             held = [_Held(cast("StackedUpdate", u), 1.0, rows) for u, rows in self.routed_updates(selection, x)]
         else:
             held = [_Held(cast("StackedUpdate", u), weight, None) for u, weight in self.active_updates(selection)]
         if not held:
-            return super().forward(*args, **kwargs)  # type: ignore[no-any-return]
+            return super().forward(*args, **kwargs)
         return mixture(self, held, *args, **kwargs)
+
+    def _folded(self, selection: Selection | Route, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(selection, Route):
+            if any(slot in self.lorakit_updates for slot in selection.slots if slot is not None):
+                raise AdapterError(
+                    f"{type(self).__name__}: updates of its parameters are folded in, so rows cannot have their own"
+                )
+            return super().forward(*args, **kwargs)
+        active = cast("list[tuple[StackedUpdate, float]]", self.active_updates(selection))
+        if not active:
+            return super().forward(*args, **kwargs)
+        changed: dict[str, torch.Tensor] = {}
+        for name in weight_names(self):
+            loras = [(cast("LayerUpdate", u.updates[name]).lora, w) for u, w in active if name in u.updates]
+            own, site = self.get_parameter(name), experts_site(self, name)
+            with torch.autocast(own.device.type, enabled=False):
+                for lora, weight in loras:
+                    assert lora is not None, "what is updated by name is updated by low rank"
+                    assert site is not None, "find_targets refuses parameters without one"
+                    change = site.dense(lora.A.float(), lora.B.float(), lora.s * weight)
+                    changed[name] = changed.get(name, own.float()) + change
+        return self.as_base(**{name: wide.to(self.get_parameter(name)) for name, wide in changed.items()}).forward(
+            *args, **kwargs
+        )
 
 
 @dataclass(frozen=True)
@@ -166,28 +203,40 @@ def _project(
 # ---------------------------------------------------------------- which modules
 
 
-def weight_names(module: nn.Module) -> tuple[str, str]:
-    """The stacks of a module that keeps to the contract, in the order in which a token passes them."""
-    return ("gate_up_proj" if cast("Any", module).has_gate else "up_proj"), "down_proj"
+def keeps_contract(module: nn.Module) -> bool:
+    """Whether a module runs by transformers' interface for experts."""
+    kind: Any = type(module).__bases__[1] if isinstance(module, AdaptedExperts) else type(module)
+    return getattr(kind.forward, "__globals__", {}).get("__name__") == _CONTRACT
+
+
+def weight_names(module: nn.Module) -> tuple[str, ...]:
+    """The parameters of a module that can have updates: of one that keeps to the contract its two stacks, in the order
+    in which a token passes them; else those of two or three dimensions, in the module's order.
+    """
+    if keeps_contract(module):
+        return ("gate_up_proj" if cast("Any", module).has_gate else "up_proj"), "down_proj"
+    return tuple(name for name, p in module._parameters.items() if p is not None and p.ndim in (2, 3))
 
 
 def experts_site(module: nn.Module, parameter: str) -> ExpertsSite | None:
-    """The site of the stack called `parameter`, or None where the module does not keep to the contract or has no such
-    stack.
-    """
-    kind: Any = type(module).__bases__[1] if isinstance(module, AdaptedExperts) else type(module)
-    if getattr(kind.forward, "__globals__", {}).get("__name__") != _CONTRACT or parameter not in weight_names(module):
+    """The site of the parameter called `parameter`, or None where it can have no update."""
+    if parameter not in weight_names(module):
         return None
-    return ExpertsSite(parameter, transposed=cast("Any", module).is_transposed)
+    single = module.get_parameter(parameter).ndim == 2
+    transposed = not single and bool(getattr(module, "is_transposed", False))
+    return ExpertsSite(parameter, transposed=transposed, single=single)
 
 
 def why_not(module: nn.Module) -> str | None:
     """Why a module with an `experts_site` cannot be adapted all the same; None where it can.
 
-    Runs it on three tokens, and what is written here on the same: a later version of the contract may say more than is
-    heeded here. Weights on the meta device are believed, and a module that is adapted already was asked before.
+    Runs experts on three tokens, and what is written here on the same: a later version of the contract may say more
+    than is heeded here. Weights on the meta device are believed, and a module that is adapted already was asked before.
     """
     own, names = cast("Any", module), weight_names(module)
+    if not keeps_contract(module):
+        called = type(module).forward is not nn.Module.forward
+        return None if called else "is never called itself, so updates of its parameters would never be used"
     if own._is_expert_parallel:
         return "its experts are spread over several devices, each with a part of the stack"
     stack = module.get_parameter(names[0])

@@ -46,7 +46,7 @@ class AdaptedModule(nn.Module):
         updates = self.lorakit_updates
         return [(updates[slot], rows) for slot, rows in route.places(x, type(self).__name__).items() if slot in updates]
 
-    def as_base(self, **replaced: nn.Parameter) -> nn.Module:
+    def as_base(self, **replaced: torch.Tensor) -> nn.Module:
         """This module as if nothing were adapted: a module of its own class that shares its parameters, buffers and
         hooks; `replaced` parameters stand in place of its own.
         """
@@ -276,7 +276,8 @@ def batch_dim_inside(parent: nn.Module | None) -> int:
 _subclasses: dict[tuple[type, type], type[AdaptedModule]] = {}
 
 
-def _subclass(mixin: type[AdaptedModule], base: type[nn.Module]) -> type[AdaptedModule]:
+def adapted_class(mixin: type[AdaptedModule], base: type[nn.Module]) -> type[AdaptedModule]:
+    """The one subclass of both."""
     if (mixin, base) in _subclasses:
         return _subclasses[mixin, base]
     name = f"{mixin.lorakit_verb}{base.__name__}"
@@ -285,7 +286,7 @@ def _subclass(mixin: type[AdaptedModule], base: type[nn.Module]) -> type[Adapted
 
 
 def _remake(mixin: type[AdaptedModule], base: type[nn.Module]) -> AdaptedModule:
-    cls = _subclass(mixin, base)
+    cls = adapted_class(mixin, base)
     return cls.__new__(cls)
 
 
@@ -296,7 +297,7 @@ def adapt(module: nn.Module, mixin: type[AdaptedModule], state: ActiveState) -> 
         return module
     if issubclass(mixin, ReplacedModule) and hasattr(module, "__iter__"):
         mixin = mixin.container
-    module.__class__ = _subclass(mixin, type(module))
+    module.__class__ = adapted_class(mixin, type(module))
     adapted = cast("AdaptedModule", module)
     adapted.lorakit_updates = nn.ModuleDict()
     adapted.lorakit_state = state

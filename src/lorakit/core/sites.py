@@ -7,8 +7,9 @@ kinds of module multiply by several:
 
 - `nn.MultiheadAttention` at `attn`: `attn` is its packed input projection (one matrix, as PEFT has it), `attn.out_proj`
   its output projection, a child module with a path of its own, which however is not called: `attn` reads its weight.
-- stacked experts at `experts`: each stack is a parameter, so its own full name is its path, `experts.gate_up_proj`. No
-  module can have that path, so the two kinds never collide, and a configuration names them in a list of its own.
+- stacked experts at `experts`: each stack is a parameter, so its own full name is its path, `experts.gate_up_proj`; and
+  so with any other parameter. No module can have that path, so the two kinds never collide, and a configuration names
+  them in a list of its own.
 """
 
 from __future__ import annotations
@@ -106,25 +107,28 @@ class ExpertsSite(Site):
     Attributes:
         weight_name: the parameter that is the stack.
         transposed: whether it lies (experts, in, out); else (experts, out, in).
+        single: it is one matrix, (out, in): a stack of one in the factors.
     """
 
     kind = "experts"
 
-    def __init__(self, weight_name: str, *, transposed: bool) -> None:
+    def __init__(self, weight_name: str, *, transposed: bool, single: bool = False) -> None:
         self.weight_name = weight_name
         self.transposed = transposed
+        self.single = single
 
     def shapes(self, layer: Any, r: int, path: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """A (experts, r, in), B (experts, out, r)."""
-        experts, out_features, in_features = layer.get_parameter(self.weight_name).shape
+        *stack, out_features, in_features = layer.get_parameter(self.weight_name).shape
+        experts = 1 if self.single else stack[0]
         if self.transposed:
             out_features, in_features = in_features, out_features
         return (experts, r, in_features), (experts, out_features, r)
 
     def dense(self, A: torch.Tensor, B: torch.Tensor, s: float) -> torch.Tensor:
-        """(experts, out, in), or (experts, in, out) where transposed."""
+        """(experts, out, in), (experts, in, out) where transposed, or (out, in) where single."""
         delta = lowrank.matrix_delta(A, B, s)
-        return delta.mT if self.transposed else delta
+        return delta[0] if self.single else delta.mT if self.transposed else delta
 
 
 class EmbeddingSite(Site):

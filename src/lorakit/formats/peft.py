@@ -94,8 +94,11 @@ def recognises(path: Path) -> bool:
 
 
 def obstacles(adapter: Adapter, context: Context) -> list[str]:
-    """None: the format carries all that an adapter can hold."""
-    return []
+    """What the format cannot carry: which of several parameters of a module is whose, where these are not experts'."""
+    return [
+        f"{module}: factors of several of its parameters, whose order the file has no place for"
+        for module in peft_nested.without_order(adapter.factors)
+    ]
 
 
 def write(adapter: Adapter, folder: Path, context: Context) -> Path:

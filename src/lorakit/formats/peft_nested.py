@@ -1,9 +1,10 @@
 """Where PEFT keeps the factors of modules that multiply by several weights, and how its config names them.
 
 PEFT wraps such a module, so names show the wrapping. A MultiheadAttention's output projection is inside the wrapper:
-`attn.base_layer.out_proj`. Experts are wrapped once a parameter, in the module's order: the last one's factors are at
-`experts`, those of the one before at `experts.base_layer`. A stack's A is (experts * r, in), one expert after the
-other; its B is (out, r * experts), of which every `experts`-th column is one expert's.
+`attn.base_layer.out_proj`. Experts, and other modules of which parameters are targeted by name, are wrapped once a
+parameter, in the module's order: the last one's factors are at `experts`, those of the one before at
+`experts.base_layer`. Only of experts is that order known without the model. A stack's A is (experts * r, in), one
+expert after the other; its B is (out, r * experts), of which every `experts`-th column is one expert's.
 
 PEFT adapts both projections of an attention named in `target_modules`, and knows no exclusions for
 `target_parameters`; where a config of ours says more, `settings` says the same by whole paths.
@@ -123,7 +124,20 @@ def names(factors: Mapping[str, Factors]) -> dict[str, str]:
 
 
 def _in_order(parameters: Iterable[str]) -> list[str]:
-    return sorted(parameters, key=_STACKS.index)
+    return sorted(parameters, key=lambda name: _STACKS.index(name) if name in _STACKS else -1)
+
+
+def _has_order(parameters: Sequence[str]) -> bool:
+    return len(parameters) < 2 or all(name in _STACKS for name in parameters)
+
+
+def without_order(factors: Mapping[str, Factors]) -> list[str]:
+    """Modules of which several parameters have factors and no reader could tell which is whose."""
+    stacks: dict[str, list[str]] = {}
+    for path, f in factors.items():
+        if f.kind == "experts":
+            stacks.setdefault(path.rpartition(".")[0], []).append(path.rpartition(".")[2])
+    return [module for module, parameters in stacks.items() if not _has_order(parameters)]
 
 
 def paths(
@@ -143,12 +157,6 @@ def paths(
         problems: added to.
     """
     found: dict[str, tuple[str, Kind]] = {}
-    problems += [
-        f"target_parameters {target!r}: no stack of experts ({', '.join(_STACKS)}); name layers in target_modules "
-        "(PEFT also adapts a mixture's router, which lorakit does not)"
-        for target in targets
-        if target.rpartition(".")[2] not in _STACKS
-    ]
     attentions, stacks = set(attentions), dict[str, dict[int, str]]()
     for name, rows in named.items():
         module = re.sub(rf"({re.escape(_INSIDE)})+$", "", name)
@@ -166,7 +174,9 @@ def paths(
         found[name] = (name, "attention")
     for module, by_depth in stacks.items():
         parameters = _in_order(_parameters_of(module, targets))
-        if sorted(by_depth) != list(range(len(parameters))):
+        if len(parameters) != len(by_depth):  # a target without a module's name may be other modules' alone
+            parameters = _in_order(_parameters_of(module, [target for target in targets if "." in target]))
+        if sorted(by_depth) != list(range(len(parameters))) or not _has_order(parameters):
             problems.append(
                 f"{module}: cannot tell which factors belong to which of its parameters {', '.join(parameters)}"
             )
@@ -180,9 +190,9 @@ def paths(
 
 
 def _parameters_of(module: str, targets: Iterable[str]) -> set[str]:
-    """The module's stacks that `target_parameters` means."""
+    """The module's parameters that `target_parameters` means."""
     last = [(target.rpartition(".")[2], target) for target in targets]
-    return {name for name, target in last if name in _STACKS and _ends(f"{module}.{name}", target)}
+    return {name for name, target in last if _ends(f"{module}.{name}", target)}
 
 
 def _is_stack(

@@ -14,7 +14,7 @@ from lorakit.compat.peft.auto import (
     AutoPeftModelForTokenClassification,
 )
 from lorakit.compat.peft.config import LoraConfig, PeftConfig, PeftType, TaskType
-from lorakit.compat.peft.errors import MismatchError, PeftValueError, UnsupportedError
+from lorakit.compat.peft.errors import MismatchError, NoMatchingPeftModuleError, PeftValueError, UnsupportedError
 from lorakit.compat.peft.files import load_peft_weights
 from lorakit.compat.peft.functions import (
     get_base_model_state_dict,
@@ -48,6 +48,7 @@ __all__ = [
     "LoraConfig",
     "LoraModel",
     "MismatchError",
+    "NoMatchingPeftModuleError",
     "PeftConfig",
     "PeftModel",
     "PeftModelForCausalLM",

@@ -37,7 +37,8 @@ class AutoPeftModel:
             **kwargs: for the base's `from_pretrained` (dtype ...), and `subfolder`, `token`.
 
         Raises:
-            PeftValueError: the adapter does not name its base, or is for another task.
+            PeftValueError: the adapter does not name its base, its base is no model of transformers, or it is for
+            another task.
         """
         import transformers
 
@@ -51,7 +52,13 @@ class AutoPeftModel:
         kind = str(cls.task or task or "")
         if not found.base_model_name_or_path:
             raise PeftValueError(f"{folder}: does not name its base; load the base and use PeftModel.from_pretrained")
-        loader = getattr(transformers, _AUTO_CLASSES.get(kind, "AutoModel"))
+        own_class = (found.auto_mapping or {}).get("base_model_class") if not kind else None
+        loader: Any = getattr(transformers, own_class or _AUTO_CLASSES.get(kind, "AutoModel"), None)
+        if not hasattr(loader, "from_pretrained"):  # only what transformers itself has is ever imported
+            raise PeftValueError(
+                f"{folder}: its base is a {own_class}, which is not transformers'; load it and use "
+                "PeftModel.from_pretrained"
+            )
         base = loader.from_pretrained(found.base_model_name_or_path, revision=found.revision, **kwargs)
         made = TASK_CLASSES.get(kind, PeftModel)
         return made.from_pretrained(base, folder, adapter_name, is_trainable=is_trainable, config=config)

@@ -13,11 +13,17 @@ from typing import Any, ClassVar, Self
 from torch import nn
 
 from lorakit.adapter.config import LoRAConfig
+from lorakit.adapter.patterns import matching
 from lorakit.compat.peft.errors import PeftValueError, UnsupportedError
+from lorakit.compat.peft.tying import named, tie, trainable_tokens
 from lorakit.core.layer import base_modules
 from lorakit.errors import ConfigError, bullet_list, nearest
 from lorakit.files import read_json, write_json
 from lorakit.formats.peft import CONFIG_FILE
+from lorakit.formats.peft_nested import ADDS_TWICE
+
+__version__ = ADDS_TWICE
+"""The PEFT whose names and files these are."""
 
 
 class TaskType(enum.StrEnum):
@@ -71,6 +77,7 @@ class PeftConfig:
     def __post_init__(self) -> None:
         if self.task_type is not None and self.task_type not in list(TaskType):
             raise ConfigError(f"Invalid task type: {self.task_type!r}; there are {', '.join(TaskType)}")
+        self.peft_version = self.peft_version or __version__
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, as JSON has them."""
@@ -100,6 +107,7 @@ class PeftConfig:
         values = read_json(Path(path_json_file))
         if not isinstance(values, dict):
             raise ConfigError(f"{path_json_file}: expected an object, found {type(values).__name__}")
+        values.pop("runtime_config", None)  # of one run
         return values
 
     @classmethod
@@ -166,9 +174,9 @@ class LoraConfig(PeftConfig):
     ensure_weight_tying: bool = False
 
     unsupported: ClassVar[tuple[str, ...]] = (
-        *("megatron_config", "trainable_token_indices", "loftq_config", "eva_config", "corda_config", "lora_ga_config"),
-        *("use_dora", "alora_invocation_tokens", "use_qalora", "layer_replication", "lora_bias", "target_parameters"),
-        *("use_bdlora", "arrow_config", "velora_config", "monteclora_config", "kasa_config", "ensure_weight_tying"),
+        *("megatron_config", "loftq_config", "eva_config", "corda_config", "lora_ga_config"),
+        *("use_dora", "alora_invocation_tokens", "use_qalora", "layer_replication", "lora_bias"),
+        *("use_bdlora", "arrow_config", "velora_config", "monteclora_config", "kasa_config"),
     )
 
     def __post_init__(self) -> None:
@@ -214,10 +222,14 @@ class LoraConfig(PeftConfig):
             missing.append(f"init_lora_weights={self.init_lora_weights!r}")
         if missing:
             raise UnsupportedError(f"this version of lorakit has no support for\n{bullet_list(missing)}")
+        if self.target_parameters and self.lora_dropout:
+            raise PeftValueError("lora.ParamWrapper does not work with lora_dropout != 0.")
         if self.r <= 0:
             raise ConfigError(f"`r` should be a positive integer value but the value passed is {self.r}")
         if self.target_modules is None:
-            self.target_modules = set(_default_targets(model))
+            self.target_modules = set(_default_targets(model, or_none=bool(self.target_parameters)))
+        if fresh or self.ensure_weight_tying:
+            tie(self, model)
         if init == "orthogonal" and self.r % 2:
             raise ConfigError(f"Orthogonal initialization requires the LoRA rank to be even, got {self.r} instead.")
         return LoRAConfig(
@@ -232,6 +244,46 @@ class LoraConfig(PeftConfig):
             init="random" if init is False else "default" if init is True else init,  # type: ignore[arg-type]
             bias=self._bias(model),  # type: ignore[arg-type]
             modules_to_save=tuple(self.modules_to_save or ()),
+            target_parameters=tuple(self.target_parameters or ()),
+            trainable_tokens=trainable_tokens(
+                model,
+                self.trainable_token_indices,
+                saved=self.modules_to_save or (),
+                ensure=self.ensure_weight_tying,
+            ),
+        )
+
+    def nothing_left(self, model: nn.Module) -> str:
+        """What PEFT says where this config leaves no module of `model` to adapt; empty where it leaves one."""
+        paths = [path for path, _ in base_modules(model) if path]
+
+        def meant(names: Iterable[str] | str | None) -> set[str]:
+            if isinstance(names, str):
+                return set(paths if names == "all-linear" else matching(names, paths, "names"))
+            return set(named(names or (), paths))
+
+        saved = meant(self.modules_to_save)
+        saved |= {path for path in paths if any(path.startswith(f"{one}.") for one in saved)}
+        excluded = saved | meant(self.exclude_modules)
+        matched = meant(self.target_modules)
+        parameters = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+        if matched - excluded or named(self.target_parameters or (), parameters):
+            return ""
+        if not self.target_modules and self.target_parameters is not None:
+            return (
+                "No `target_modules` passed but also no `target_parameters` found. Please check the values for these "
+                "arguments."
+            )
+        if set(paths) == excluded:
+            return (
+                "All modules were excluded. This is likely unintended. Check your `target_modules`, `exclude_modules` "
+                "and `modules_to_save` configuration."
+            )
+        if not excluded:
+            return f"Target modules {self.target_modules} not found in the base model."
+        return (
+            "No modules were targeted for adaptation. This might be caused by a combination of mismatched target "
+            "modules and excluded modules."
         )
 
     def _bias(self, model: nn.Module) -> str:
@@ -278,6 +330,8 @@ class LoraConfig(PeftConfig):
             use_rslora=config.scaling == "rslora",
             bias=config.bias,
             modules_to_save=list(config.modules_to_save) or None,
+            target_parameters=list(config.target_parameters) or None,
+            trainable_token_indices=list(config.trainable_tokens) or None,
             **values,
         )
 
@@ -286,10 +340,10 @@ def _listed(names: Iterable[str] | str | None) -> str | tuple[str, ...]:
     return names if isinstance(names, str) else tuple(sorted(names or ()))
 
 
-def _default_targets(model: nn.Module) -> tuple[str, ...]:
+def _default_targets(model: nn.Module, *, or_none: bool) -> tuple[str, ...]:
     kind = getattr(getattr(model, "config", None), "model_type", None)
-    if kind in DEFAULT_TARGETS:
-        return DEFAULT_TARGETS[kind]
+    if kind in DEFAULT_TARGETS or or_none:
+        return DEFAULT_TARGETS.get(kind or "", ())
     last = sorted({path.rsplit(".", 1)[-1] for path, module in base_modules(model) if hasattr(module, "weight")})
     guess = nearest("q_proj", last) or last[:8]
     raise PeftValueError(

@@ -11,6 +11,8 @@ import math
 import torch
 from torch import nn
 
+from lorakit.compat.peft.errors import PeftValueError
+from lorakit.compat.peft.stacked import StackedLoRA, parameter_name
 from lorakit.core.deltas import LoRA
 
 
@@ -19,11 +21,12 @@ def draw(lora: LoRA, init: bool | str, *, lookup: bool) -> None:
     """Fill A and B of one layer.
 
     Args:
-        lora: of a matrix, a convolution or a lookup.
+        lora: of a matrix, a convolution, a lookup or a parameter.
         init: PEFT's `init_lora_weights`: True, False, "gaussian" or "orthogonal".
         lookup: the layer is an embedding.
     """
-    shape_A, shape_B, r = lora.A.shape, lora.B.shape, lora.r
+    own_A, own_B = (getattr(lora, parameter_name(lora, letter)) for letter in "AB")
+    shape_A, shape_B, r = own_A.shape, own_B.shape, lora.r
     if lookup:
         A, B = torch.randn(shape_A), torch.randn(shape_B)
         if init is not False:
@@ -31,6 +34,8 @@ def draw(lora: LoRA, init: bool | str, *, lookup: bool) -> None:
             B.normal_()
     else:  # PEFT's constructors draw both before its initialisation draws again
         A, B = _as_a_layer(shape_A), _as_a_layer(shape_B)
+        if init == "orthogonal" and isinstance(lora, StackedLoRA) and lora.experts > 1:
+            raise PeftValueError('init_lora_weights="orthogonal" is not defined for stacks of matrices')
         if init == "orthogonal":
             basis, _ = torch.linalg.qr(torch.randn(r, r))
             A = (torch.randn(shape_A[1], r // 2) @ basis[0::2]).T / 10
@@ -38,8 +43,8 @@ def draw(lora: LoRA, init: bool | str, *, lookup: bool) -> None:
         elif init is not False:
             A = nn.init.normal_(A, std=1 / r) if init == "gaussian" else _as_a_layer(shape_A)
             B.zero_()
-    lora.A.copy_(A)
-    lora.B.copy_(B)
+    own_A.copy_(A)
+    own_B.copy_(B)
 
 
 def _as_a_layer(shape: torch.Size) -> torch.Tensor:

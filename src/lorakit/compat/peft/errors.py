@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lorakit.errors import AdapterError, AdapterMismatchError, ConfigError
+from lorakit.errors import AdapterError, AdapterMismatchError, ConfigError, TargetError
 
 
 class PeftValueError(AdapterError, ValueError):
@@ -15,3 +15,7 @@ class UnsupportedError(ConfigError, NotImplementedError):
 
 class MismatchError(AdapterMismatchError, RuntimeError):
     """Tensors that do not fit the model; PEFT raises RuntimeError there."""
+
+
+class NoMatchingPeftModuleError(TargetError):
+    """A config that means no module of the model, or something else that is not there."""

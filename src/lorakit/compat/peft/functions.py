@@ -15,8 +15,8 @@ from lorakit.adapter.attach import adapters
 from lorakit.compat.peft.config import LoraConfig, PeftConfig
 from lorakit.compat.peft.errors import MismatchError, UnsupportedError
 from lorakit.compat.peft.handle import PeftAdapters
+from lorakit.compat.peft.keys import key_map
 from lorakit.compat.peft.layers import BaseTunerLayer
-from lorakit.compat.peft.lora_layers import key_map
 from lorakit.compat.peft.model import TASK_CLASSES, PeftModel
 from lorakit.compat.peft.tuner import LoraModel
 from lorakit.core.layer import base_modules, base_parameters
@@ -114,6 +114,7 @@ def inject_adapter_in_model(
 def _inner(model: nn.Module) -> tuple[nn.Module, PeftAdapters, str]:
     """(model with adapters in it, its handle, prefix of its names)."""
     inner = getattr(model, "_orig_mod", model)
+    inner = inner._modules.get("_fsdp_wrapped_module") or inner
     prefix = ""
     if isinstance(inner, PeftModel):
         inner, prefix = inner.get_base_model(), PREFIX
@@ -145,7 +146,7 @@ def get_peft_model_state_dict(
         raise UnsupportedError("save_embedding_layers=True: name the embedding in modules_to_save")
     inner, handle, prefix = _inner(model)
     handle._resident(adapter_name)
-    source = {prefix + k: v for k, v in inner.state_dict().items()} if state_dict is None else state_dict
+    source = getattr(model, "_orig_mod", model).state_dict() if state_dict is None else state_dict
     return {prefix + name: source[prefix + key] for key, name in key_map(inner, adapter_name).items()}
 
 

@@ -14,12 +14,19 @@ from torch import nn
 from lorakit.adapter.attach import AttachedAdapters
 from lorakit.adapter.config import LoRAConfig
 from lorakit.adapter.folding import Exchange
+from lorakit.adapter.resident import Resident, Update
 from lorakit.adapter.value import Adapter
 from lorakit.compat.peft.errors import PeftValueError
 from lorakit.compat.peft.layers import BaseTunerLayer, PeftState
 from lorakit.compat.peft.lora_layers import LoraAdapted, LoraAttention, ModulesToSaveWrapper
+from lorakit.compat.peft.parameters import LoraExperts
+from lorakit.compat.peft.stacked import StackedLoRA
+from lorakit.compat.peft.tokens import TrainableTokensWrapper
+from lorakit.compat.peft.tying import share
 from lorakit.core.active import NOTHING, Selection
 from lorakit.core.attention import AdaptedAttention
+from lorakit.core.deltas import LayerUpdate, StackedUpdate
+from lorakit.core.experts import AdaptedExperts
 from lorakit.core.layer import AdaptedLayer, AdaptedModule, ReplacedModule
 
 
@@ -30,6 +37,7 @@ class PeftAdapters(AttachedAdapters):
     dressed: ClassVar[Mapping[type[AdaptedModule], type[AdaptedModule]]] = {
         AdaptedLayer: LoraAdapted,
         AdaptedAttention: LoraAttention,
+        AdaptedExperts: LoraExperts,
         ReplacedModule: ModulesToSaveWrapper,
     }
 
@@ -37,7 +45,9 @@ class PeftAdapters(AttachedAdapters):
         super().__init__(model)
         self._exchange = Exchange()
         self._flags: list[tuple[nn.Parameter, bool]] = []
-        self.state.use = self.use
+        self._tied: tuple[str, ...] = ()
+        self._fresh = True
+        self.state.unfold = self.unfold
         self._enter_model()
 
     @property
@@ -45,9 +55,19 @@ class PeftAdapters(AttachedAdapters):
         """What the layers share."""
         return cast("PeftState", self._state)
 
-    def add(self, name: str, adapter: LoRAConfig | Adapter | str | Path, **options: Any) -> None:
-        """As the parent's; may be called while adapters are merged."""
+    def add(
+        self, name: str, adapter: LoRAConfig | Adapter | str | Path, *, tied: Sequence[str] = (), **options: Any
+    ) -> None:
+        """As the parent's; may be called while adapters are merged.
+
+        Args:
+            name: as the parent's.
+            adapter: as the parent's.
+            tied: paths of layers with one weight that are to have one update.
+            **options: as the parent's.
+        """
         with self.unfolded():
+            self._tied, self._fresh = tuple(tied), isinstance(adapter, LoRAConfig)
             super().add(name, adapter, **options)
             self._renew_names()
 
@@ -59,13 +79,43 @@ class PeftAdapters(AttachedAdapters):
             super().remove(name)
             self._renew_names()
 
+    def _class_for(self, module: nn.Module, update: Update | StackedUpdate) -> type[AdaptedModule]:
+        if isinstance(update, LayerUpdate) and update.tokens is not None:
+            return TrainableTokensWrapper
+        return super()._class_for(module, update)
+
+    def _put(
+        self,
+        resident: Resident,
+        updates: Mapping[str, Update],
+        modules: Mapping[str, nn.Module],
+        *,
+        trainable: bool,
+    ) -> None:
+        tokens = [path for path, update in updates.items() if getattr(update, "tokens", None) is not None]
+        for path, update in updates.items():
+            module = modules.get(path)
+            clash = LoraAdapted if path in tokens else TrainableTokensWrapper
+            if isinstance(module, clash) or (path in tokens and getattr(update, "bias", None) is not None):
+                raise PeftValueError(
+                    f"trainable_token_indices: {path} has a low-rank update or a trained bias as well, which cannot be"
+                )
+            if path not in modules and isinstance(update, LayerUpdate) and update.lora is not None:
+                update.lora = StackedLoRA(update.lora)
+        share(updates, self._tied, modules, fresh=self._fresh)
+        super()._put(resident, updates, modules, trainable=trainable)
+        for path in tokens[1:]:  # the embedding is first
+            modules[path].__dict__["lorakit_tied"] = (modules[tokens[0]],)
+
     def _renew_names(self) -> None:
         residents, state = self._residents, self.state
         state.names = {resident.slot: name for name, resident in residents.items()}
         state.rslora = {name for name, resident in residents.items() if resident.config.scaling == "rslora"}
 
     def choose(self, names: Sequence[str]) -> None:
-        """Make `names` the active adapters, whether or not adapters are switched off for now."""
+        """Make `names` the active adapters of all layers, whether or not adapters are switched off for now."""
+        for layer in self.differing():
+            layer.__dict__.pop("lorakit_chosen", None)
         self.state.chosen = tuple(names)
         self.state.everywhere = NOTHING if self.state.off else self.selection(names)
 
@@ -88,7 +138,7 @@ class PeftAdapters(AttachedAdapters):
             parameter.requires_grad_(requires_grad)
 
     def refuse_same_copies(self, names: Sequence[str]) -> None:
-        """Two whole copies of a module cannot be used at once.
+        """Two whole copies of a module, or of a row of an embedding, cannot be used at once.
 
         Raises:
             PeftValueError: names the module.
@@ -100,11 +150,48 @@ class PeftAdapters(AttachedAdapters):
                     f"Only one adapter can be set at a time for {type(module).__mro__[1].__name__} {path}, of which "
                     f"{' and '.join(both)} hold a copy each (modules_to_save)"
                 )
+            if isinstance(module, TrainableTokensWrapper):
+                taken: set[int] = set()
+                for name in both:
+                    own = set(module.rows()[name].indices.tolist())
+                    if taken & own:
+                        raise PeftValueError(
+                            f"Token indices of adapter {name} are already defined and would result in undefined "
+                            "merging behavior. Only one adapter can be set at a time for TrainableTokensWrapper "
+                            f"{path}, unless their tokens differ; {sorted(taken & own)} are in two."
+                        )
+                    taken |= own
+
+    def differing(self) -> list[BaseTunerLayer]:
+        """The layers with a choice of their own."""
+        layers = (cast("BaseTunerLayer", module) for module in self.adapted_modules().values())
+        return [layer for layer in layers if {"lorakit_chosen", "lorakit_off"} & layer.__dict__.keys()]
+
+    def agree(self) -> None:
+        """What is done to the whole model needs layers that agree: what all of them chose is the model's choice.
+
+        Raises:
+            PeftValueError: names those that do not.
+        """
+        layers = {path: cast("BaseTunerLayer", module) for path, module in self.adapted_modules().items()}
+        chosen = {tuple(layer.__dict__.get("lorakit_chosen", self.state.chosen)) for layer in layers.values()}
+        if len(chosen) == 1 and not any("lorakit_off" in layer.__dict__ for layer in layers.values()):
+            if self.differing():
+                self.choose(chosen.pop())
+            return
+        paths = [path for path, layer in layers.items() if layer in self.differing()]
+        if paths:
+            raise PeftValueError(
+                f"adapters were set or switched for some layers alone ({', '.join(paths[:3])}); call set_adapter and "
+                "enable_adapter_layers on the model first"
+            )
 
     def switch(self, *, off: bool) -> None:
         """Switch all adapters off or on."""
+        for layer in self.differing():
+            layer.__dict__.pop("lorakit_off", None)
         self.state.off = off
-        self.choose(self.state.chosen)
+        self.state.everywhere = NOTHING if off else self.selection(self.state.chosen)
         if off:
             self._flags = self._flags or self.freeze()
         else:

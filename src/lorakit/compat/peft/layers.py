@@ -7,14 +7,16 @@ lorakit's layer stays the object it was. These classes are what the facade gives
 
 from __future__ import annotations
 
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
 from lorakit.compat.peft import views
-from lorakit.core.active import ActiveState, Route
+from lorakit.core.active import ActiveState, Route, Selection
+from lorakit.core.deltas import LayerUpdate, Replacement
 from lorakit.core.layer import AdaptedModule
 
 
@@ -26,7 +28,7 @@ class PeftState(ActiveState):
         chosen: active adapters, whether they are switched off or not.
         off: all adapters are switched off (`disable_adapter_layers`).
         merged: adapters folded into the weights, in the order of merging.
-        use: makes adapters the active ones, for the whole model.
+        unfold: takes merged adapters out of the weights.
         rslora: names of adapters whose scale is alpha / sqrt(r).
     """
 
@@ -37,10 +39,10 @@ class PeftState(ActiveState):
         self.off = False
         self.merged: tuple[str, ...] = ()
         self.rslora: set[str] = set()
-        self.use: Callable[..., None] = _nothing
+        self.unfold: Callable[[], None] = _nothing
 
 
-def _nothing(*_: Any, **__: Any) -> None:
+def _nothing() -> None:
     """Until a handle has the state."""
 
 
@@ -56,8 +58,12 @@ class BaseTunerLayer(AdaptedModule):
         raise NotImplementedError
 
     def key_map(self) -> Iterator[tuple[str, str]]:
-        """(PEFT's, our) name of every tensor in this module, relative to it."""
+        """(PEFT's, our) name of every tensor in this module, relative to it; ours is empty where another holds it."""
         raise NotImplementedError
+
+    def base_prefix(self) -> str:
+        """Where PEFT has the module's own tensors, relative to it."""
+        return "base_layer."
 
     def here(self) -> dict[str, nn.Module]:
         """Adapter name -> what it changes here, oldest first."""
@@ -65,6 +71,10 @@ class BaseTunerLayer(AdaptedModule):
             return {}
         names = self.lorakit_state.names
         return {names[slot]: update for slot, update in self.lorakit_updates.items() if slot in names}
+
+    def updates(self) -> dict[str, LayerUpdate | Replacement]:
+        """Adapter name -> what it changes here and can train."""
+        return cast("dict[str, LayerUpdate | Replacement]", BaseTunerLayer.here(self))
 
     def _all_available_adapter_names(self) -> list[str]:
         return sorted(self.here())
@@ -86,10 +96,20 @@ class BaseTunerLayer(AdaptedModule):
         for container in self.__dict__.get("lorakit_views", {}).values():
             container.show({name: part for name, part in container.items() if name != adapter})
 
+    # ------------------------------------------------------------ which are active
+
+    def active_updates(self, selection: Selection) -> list[tuple[nn.Module, float]]:
+        """As the parent's; where this layer has a choice of its own, that counts in place of the model's."""
+        differs = "lorakit_chosen" in self.__dict__ or "lorakit_off" in self.__dict__
+        if differs and selection is self.lorakit_state.everywhere:
+            names = () if self.disable_adapters else self.active_adapters
+            return [(update, 1.0) for name, update in BaseTunerLayer.here(self).items() if name in names]
+        return super().active_updates(selection)
+
     @property
     def active_adapters(self) -> list[str]:
-        """Active adapters of the model (of those here too, as in PEFT, where each layer has its own list)."""
-        return list(self.lorakit_state.chosen)
+        """Active adapters: this layer's own choice, or the model's (of those here too)."""
+        return list(self.__dict__.get("lorakit_chosen", self.lorakit_state.chosen))
 
     @property
     def active_adapter(self) -> str | list[str]:
@@ -97,15 +117,39 @@ class BaseTunerLayer(AdaptedModule):
         names = self.active_adapters
         return names[0] if len(names) == 1 else names
 
+    @property
+    def _active_adapter(self) -> str | list[str]:
+        return self.active_adapter
+
+    @_active_adapter.setter
+    def _active_adapter(self, names: str | Sequence[str]) -> None:
+        self.__dict__["lorakit_chosen"] = (names,) if isinstance(names, str) else tuple(names)
+
     def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
-        """Use these adapters, in the whole model: all layers share one state."""
-        self.lorakit_state.use(adapter_names, inference_mode=inference_mode)
+        """Use these adapters in this layer, until the model's are set; here they can be trained (unless
+        `inference_mode`), and no others. Merged adapters are unmerged first.
+        """
+        if self.merged:
+            warnings.warn("Adapter cannot be set when the model is merged. Unmerging the model first.", stacklevel=2)
+            self.lorakit_state.unfold()
+        self._active_adapter = adapter_names
+        self._train_active(inference_mode=inference_mode)
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """Switch the adapters of this layer on or off, until the model's are switched."""
+        self.__dict__["lorakit_off"] = not enabled
+        self._train_active(inference_mode=not enabled)
+
+    def _train_active(self, *, inference_mode: bool) -> None:
+        for name, update in BaseTunerLayer.here(self).items():
+            update.requires_grad_(not inference_mode and name in self.active_adapters)
 
     @property
     def disable_adapters(self) -> bool:
-        """Whether adapters are switched off, for all or for this thread."""
+        """Whether adapters are switched off, in this layer, for all or for this thread."""
         state = self.lorakit_state
-        return state.off or (state.in_block and not state.folded and not _routed(state))
+        off = self.__dict__.get("lorakit_off", state.off)
+        return off or (state.in_block and not state.folded and not _routed(state))
 
     @property
     def merged_adapters(self) -> list[str]:
@@ -140,13 +184,22 @@ class BaseTunerLayer(AdaptedModule):
         yielded = False
         for name, part in self.parts():
             path = f"{prefix}.{name}" if prefix and name else prefix or name
-            if name and not yielded and name not in ("base_layer", "original_module"):
+            if name and not yielded and name not in ("base_layer", "original_module", "token_adapter"):
                 yielded = True
                 yield prefix, self
             # the base comes before the layer itself: the name under which a parameter is met first is the one it has
             yield from part.named_modules(memo, path, remove_duplicate)
         if not yielded:
             yield prefix, self
+
+    def named_parameters(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Parameter]]:
+        """As torch's. Where all names of parameters are asked for, module by module (FSDP does), a wrapped layer has
+        none of its own: they are in what it wraps.
+        """
+        if recurse or remove_duplicate or any(not name for name, _ in self.parts()):
+            yield from super().named_parameters(prefix, recurse, remove_duplicate)
 
     def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
         """As torch's, under PEFT's names."""
@@ -160,9 +213,11 @@ class BaseTunerLayer(AdaptedModule):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         for theirs, ours in list(self.key_map()):
             if prefix + theirs in state_dict:
-                state_dict[prefix + ours] = state_dict.pop(prefix + theirs)
+                tensor = state_dict.pop(prefix + theirs)
+                if ours:
+                    state_dict[prefix + ours] = tensor
         for child in self._modules:
-            inside = f"{prefix}base_layer.{child}."
+            inside = f"{prefix}{self.base_prefix()}{child}."
             for key in [key for key in state_dict if key.startswith(inside)]:
                 state_dict[f"{prefix}{child}.{key.removeprefix(inside)}"] = state_dict.pop(key)
         super()._load_from_state_dict(state_dict, prefix, *args)

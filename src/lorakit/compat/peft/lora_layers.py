@@ -4,23 +4,37 @@ under PEFT's names.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from functools import partial
-from typing import cast
+from collections.abc import Iterator, Sequence
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import nn
 
 from lorakit.compat.peft import views
-from lorakit.compat.peft.errors import PeftValueError
+from lorakit.compat.peft.errors import PeftValueError, UnsupportedError
 from lorakit.compat.peft.layers import BaseTunerLayer
+from lorakit.compat.peft.stacked import parameter_name
 from lorakit.core import lowrank
 from lorakit.core.attention import AdaptedAttention
 from lorakit.core.deltas import LayerUpdate, LoRA, Replacement
-from lorakit.core.layer import AdaptedLayer, ReplacedContainer, ReplacedModule, base_modules, bias_name
+from lorakit.core.layer import AdaptedLayer, ReplacedContainer, ReplacedModule, bias_name
 from lorakit.core.sites import Site, TransposedLinearSite
 
 FACTORS = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
+
+
+def _refuse_sharded(shown: Any, own: nn.Parameter) -> None:
+    """FSDP version 1 gives the views parameters that no layer computes with.
+
+    Raises:
+        UnsupportedError: it did, and the model is not the only one: its copies would go apart.
+    """
+    if shown is own or not hasattr(shown, "_fsdp_flattened"):
+        return
+    if torch.distributed.get_world_size() > 1:
+        raise UnsupportedError(
+            "FSDP version 1 does not reach the adapters' parameters; use fully_shard (FSDP2) or DistributedDataParallel"
+        )
 
 
 class LoraLayer(BaseTunerLayer):
@@ -56,9 +70,11 @@ class LoraLayer(BaseTunerLayer):
             yield base + name, name if slot is None else f"lorakit_updates.{slot}.bias"
         names = self.lorakit_state.names
         for slot, update in self.lorakit_updates.items():
-            if cast("LayerUpdate", update).lora is not None and slot in names:
+            lora = cast("LayerUpdate", update).lora
+            if lora is not None and slot in names:
                 for letter in "AB":
-                    yield self._factor_key(letter, names[slot]), f"lorakit_updates.{slot}.lora.{letter}"
+                    ours = f"lorakit_updates.{slot}.lora.{letter}" if lora.origin is lora else ""
+                    yield self._factor_key(letter, names[slot]), ours
 
     def _is_lookup(self) -> bool:
         return self.lorakit_site is not None and self.lorakit_site.kind == "embedding"
@@ -93,14 +109,18 @@ class LoraLayer(BaseTunerLayer):
             view = before.get(adapter)
             if view is None or view.source[0] is not lora:
                 view = views.factor(lora, letter, self)
-            view._parameters["weight"] = getattr(lora, letter)
+            if lora.origin is lora:
+                own = getattr(lora, parameter_name(lora, letter))
+                _refuse_sharded(view._parameters["weight"], own)
+                view._parameters["weight"] = own
             found[adapter] = view
         return self.view(name, found)
 
     def _embedding_factors(self, letter: str) -> views.ParametersByName:
         own = self.loras() if self._is_lookup() else {}
         found: views.ParametersByName = self._container(f"lora_embedding_{letter}", views.ParametersByName)
-        found.show({name: getattr(lora, letter) for name, lora in own.items()})
+        # of one that is tied to another embedding, the other's: the same parameters
+        found.show({name: getattr(lora.origin, letter) for name, lora in own.items()})
         return found
 
     @property
@@ -136,36 +156,32 @@ class LoraLayer(BaseTunerLayer):
     @property
     def scaling(self) -> views.PerAdapter:
         """Adapter name -> factor before B A; setting one sets it."""
-        return views.PerAdapter(
-            partial(LoraLayer.loras, self), lambda _, lora: lora.s, lambda lora, value: setattr(lora, "s", value)
-        )
+        return views.PerAdapter(self.loras, lambda _, lora: lora.s, lambda lora, value: setattr(lora, "s", value))
 
     @property
     def r(self) -> views.PerAdapter:
         """Adapter name -> rank."""
-        return views.PerAdapter(partial(LoraLayer.loras, self), lambda _, lora: lora.r)
+        return views.PerAdapter(self.loras, lambda _, lora: lora.r)
 
     @property
     def lora_alpha(self) -> views.PerAdapter:
         """Adapter name -> numerator of the scale."""
-        return views.PerAdapter(
-            partial(LoraLayer.loras, self), lambda _, lora: int(lora.alpha) if lora.alpha % 1 == 0 else lora.alpha
-        )
+        return views.PerAdapter(self.loras, lambda _, lora: int(lora.alpha) if lora.alpha % 1 == 0 else lora.alpha)
 
     @property
     def use_rslora(self) -> views.PerAdapter:
         """Adapter name -> whether its scale is alpha / sqrt(r)."""
-        return views.PerAdapter(partial(LoraLayer.loras, self), lambda name, _: name in self.lorakit_state.rslora)
+        return views.PerAdapter(self.loras, lambda name, _: name in self.lorakit_state.rslora)
 
     @property
     def use_dora(self) -> views.PerAdapter:
         """Adapter name -> False."""
-        return views.PerAdapter(partial(LoraLayer.loras, self), lambda *_: False)
+        return views.PerAdapter(self.loras, lambda *_: False)
 
     @property
     def lora_bias(self) -> views.PerAdapter:
         """Adapter name -> False."""
-        return views.PerAdapter(partial(LoraLayer.loras, self), lambda *_: False)
+        return views.PerAdapter(self.loras, lambda *_: False)
 
     @property
     def fan_in_fan_out(self) -> bool:
@@ -173,13 +189,15 @@ class LoraLayer(BaseTunerLayer):
         return isinstance(self.lorakit_site, TransposedLinearSite)
 
     def __repr__(self) -> str:
+        return self._repr("Linear" if self.fan_in_fan_out else type(self).__bases__[1].__name__)
+
+    def _repr(self, name: str, *first: str) -> str:
         parts = [
             f"({name}): {part!r}"
             for name, part in self.parts()
             if not isinstance(part, views.ByName | views.ParametersByName) or len(part)
         ]
-        name = "Linear" if self.fan_in_fan_out else type(self).__bases__[1].__name__
-        lines = "\n".join(parts).replace("\n", "\n  ")
+        lines = "\n".join([*first, *parts]).replace("\n", "\n  ")
         return f"lora.{name}(\n  {lines}\n)"
 
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
@@ -245,15 +263,26 @@ class LoraAttention(LoraLayer, AdaptedAttention):
 class AuxiliaryTrainingWrapper(BaseTunerLayer):
     """PEFT's parent of what is trained whole."""
 
+    @property
+    def active_adapters(self) -> list[str]:
+        """Active adapters that are here."""
+        here = self.here()
+        return [name for name in super().active_adapters if name in here]
+
 
 class ModulesToSaveWrapper(AuxiliaryTrainingWrapper, ReplacedModule):
     """A module of which adapters hold whole trained copies, with PEFT's attributes."""
 
-    @property
-    def active_adapters(self) -> list[str]:
-        """Active adapters that hold a copy."""
-        here = self.here()
-        return [name for name in self.lorakit_state.chosen if name in here]
+    def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
+        """As a layer's.
+
+        Raises:
+            PeftValueError: more than one of them holds a copy.
+        """
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        if len({*names} & {*self.copies()}) > 1:
+            raise PeftValueError(f"Only one adapter can be set at a time for ModulesToSaveWrapper (got {names})")
+        super().set_adapter(names, inference_mode)
 
     @property
     def _adapters(self) -> set[str]:
@@ -295,33 +324,22 @@ class _WrappedContainer(ModulesToSaveWrapper, ReplacedContainer):
 ModulesToSaveWrapper.container = _WrappedContainer
 
 
-def key_map(model: nn.Module, adapter: str) -> Mapping[str, str]:
-    """Every tensor of an adapter: name in the model (PEFT's) -> name in files (without the adapter's)."""
-    found: dict[str, str] = {}
-    inside: dict[str, str] = {}  # of an attention -> where PEFT has what is in it
-    for own_path, module in base_modules(model):
-        parent, _, last = own_path.rpartition(".")
-        path = f"{inside[parent]}.{last}" if parent in inside else own_path
-        if isinstance(module, LoraAttention):
-            inside[own_path] = f"{path}.base_layer"
-        if isinstance(module, LoraLayer) and adapter in module.here():
-            if adapter in module.loras():
-                for letter in "AB":
-                    key = module._factor_key(letter, adapter)
-                    found[f"{path}.{key}"] = f"{path}.{key.replace(f'.{adapter}', '', 1)}"
-            if module._trained_bias() is not None:
-                name = module.bias_key()
-                found[f"{path}.{name}"] = f"{path}.{name}"
-        elif isinstance(module, ModulesToSaveWrapper) and adapter in module.copies():
-            for name in module.copies()[adapter].state_dict():
-                found[f"{path}.modules_to_save.{adapter}.{name}"] = f"{path}.{name}"
-    return found
-
-
 class NamedAsInPeft(nn.Module):
-    """A wrapper whose `named_parameters` leaves out the frozen biases in whose place adapters train others: PEFT trains
-    the bias itself.
+    """A wrapper around a model, which has what the wrapper has not. Its `named_parameters` leaves out the frozen biases
+    in whose place adapters train others: PEFT trains the bias itself.
     """
+
+    wrapped: ClassVar[str]
+    """The attribute that is the model."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            # not there yet, or a question of copy and pickle, which is about the wrapper
+            if name == self.wrapped or name.startswith("__"):
+                raise
+            return getattr(getattr(self, self.wrapped), name)
 
     def named_parameters(
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True

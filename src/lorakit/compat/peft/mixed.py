@@ -9,7 +9,9 @@ from typing import Any
 import torch
 
 from lorakit.compat.peft.errors import PeftValueError
+from lorakit.compat.peft.parameters import LoraExperts
 from lorakit.compat.peft.tuner import LoraModel
+from lorakit.core.experts import keeps_contract
 
 BASE = "__base__"
 
@@ -43,6 +45,9 @@ def routed(
     unknown = sorted({*names} - {*tuner.peft_config, BASE})
     if unknown:
         raise PeftValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
+    modules = tuner.handle.adapted_modules().values()
+    if any(isinstance(m, LoraExperts) and not keeps_contract(m) and {*names} & {*m.here()} for m in modules):
+        raise PeftValueError("lora.ParamWrapper does not support mixed adapter batches yet.")
     batch = next((v for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor) and v.ndim), None)
     if batch is not None and len(batch) * copies != len(names):
         raise PeftValueError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -12,7 +13,7 @@ import torch
 from torch import nn
 
 from lorakit.compat.peft.card import write_model_card
-from lorakit.compat.peft.config import LoraConfig, PeftConfig
+from lorakit.compat.peft.config import LoraConfig, PeftConfig, __version__
 from lorakit.compat.peft.errors import MismatchError, PeftValueError, UnsupportedError
 from lorakit.compat.peft.files import adapter_folder, read_adapter
 from lorakit.compat.peft.lora_layers import NamedAsInPeft
@@ -38,6 +39,7 @@ class PeftModel(NamedAsInPeft):
     head_names: ClassVar[tuple[str, ...]] = ()
     """Modules that a task class trains whole, where the model has them."""
 
+    wrapped = "base_model"
     base_model: LoraModel
 
     def __init__(
@@ -57,14 +59,6 @@ class PeftModel(NamedAsInPeft):
         renamed = hasattr(type(model), "is_activation_checkpointing")
         if getattr(model, "is_activation_checkpointing" if renamed else "is_gradient_checkpointing", False):
             self.prepare_model_for_gradient_checkpointing(model)
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "base_model":
-                raise
-            return getattr(self.base_model, name)
 
     # ------------------------------------------------------------ which
 
@@ -113,10 +107,24 @@ class PeftModel(NamedAsInPeft):
     @contextlib.contextmanager
     def disable_adapter(self) -> Iterator[None]:
         """Within the block the model is its base, for the thread that runs it; afterwards what it was before, whatever
-        is raised. Merged adapters are taken out for as long, for all threads.
+        is raised. Merged adapters are taken out for as long, for all threads. Layers that were switched off alone are
+        on afterwards, as in PEFT.
         """
-        with self.base_model.handle.base_alone():
-            yield
+        handle = self.base_model.handle
+        apart = [layer for layer in handle.differing() if "lorakit_off" in layer.__dict__]
+        if apart:
+            warnings.warn(
+                "The model contains some adapter layers that are enabled and others that are disabled. This is most "
+                "likely unintentional. After exiting the disable_adapter context, all adapters will be enabled",
+                stacklevel=3,
+            )
+        try:
+            with handle.base_alone():
+                yield
+        finally:
+            for layer in apart:
+                layer.enable_adapters(True)
+                layer.__dict__.pop("lorakit_off")
 
     def add_adapter(
         self,
@@ -246,7 +254,8 @@ class PeftModel(NamedAsInPeft):
         config = self.peft_config[name]
         if config.base_model_name_or_path is None:
             config.base_model_name_or_path = getattr(self.get_base_model(), "name_or_path", None) or None
-        values = {**config.to_dict(), "inference_mode": True}
+        # how an attention's update lies in the file depends on the version, whatever that of a file read before
+        values = {**config.to_dict(), "inference_mode": True, "peft_version": __version__}
         if config.task_type is None:
             kind = type(self.get_base_model())
             values["auto_mapping"] = {"base_model_class": kind.__name__, "parent_library": kind.__module__}

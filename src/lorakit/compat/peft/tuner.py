@@ -11,18 +11,22 @@ from typing import Any, Self
 import torch
 from torch import nn
 
+from lorakit.adapter.targets import module_at
 from lorakit.adapter.value import Adapter
 from lorakit.compat.peft.combining import Request
 from lorakit.compat.peft.config import LoraConfig, PeftConfig
 from lorakit.compat.peft.draws import draw
-from lorakit.compat.peft.errors import PeftValueError, UnsupportedError
+from lorakit.compat.peft.errors import NoMatchingPeftModuleError, PeftValueError, UnsupportedError
 from lorakit.compat.peft.handle import PeftAdapters
-from lorakit.compat.peft.lora_layers import LoraAttention, LoraLayer, ModulesToSaveWrapper, NamedAsInPeft
+from lorakit.compat.peft.lora_layers import LoraAttention, ModulesToSaveWrapper, NamedAsInPeft
+from lorakit.compat.peft.parameters import LoraExperts
+from lorakit.compat.peft.stacked import StackedLoRA
+from lorakit.compat.peft.tying import tied_group
 from lorakit.core.active import NOTHING
-from lorakit.core.deltas import LoRA
+from lorakit.core.deltas import LayerUpdate, LoRA
 from lorakit.core.layer import base_parameters
 from lorakit.core.sites import site_of
-from lorakit.errors import AdapterError
+from lorakit.errors import AdapterError, TargetError
 
 
 class LoraModel(NamedAsInPeft):
@@ -33,6 +37,7 @@ class LoraModel(NamedAsInPeft):
         peft_config: adapter name -> its config.
     """
 
+    wrapped = "model"
     prefix = "lora_"
 
     def __init__(
@@ -76,14 +81,6 @@ class LoraModel(NamedAsInPeft):
                 self.unload()
             raise
 
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "model":
-                raise
-            return getattr(self.model, name)
-
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's, with the active adapters."""
         return self.model(*args, **kwargs)
@@ -101,7 +98,9 @@ class LoraModel(NamedAsInPeft):
         `low_cpu_mem_usage` it waits on the meta device for the tensors of a file.
         """
         config = self._checked(adapter_name, peft_config)
-        self.handle.add(adapter_name, config.resolved(self.model), trainable=False)
+        with self._saying_what_matches(config):
+            resolved = config.resolved(self.model)
+            self.handle.add(adapter_name, resolved, trainable=False, tied=self._tied(config))
         self._draw(adapter_name, config.init_lora_weights)
         self._enter(adapter_name, config, autocast=autocast_adapter_dtype)
         if low_cpu_mem_usage:
@@ -112,13 +111,18 @@ class LoraModel(NamedAsInPeft):
         modules = self.handle._residents[name].modules
         updates = dict(self.handle._residents[name].updates())
         for path, module in modules.items():
+            if isinstance(module, LoraExperts):
+                continue
             paths = [path]
             if isinstance(module, LoraAttention) and len(module.here()) == 1:
                 paths.insert(0, f"{path}.out_proj")  # PEFT draws for it when it wraps the attention, and then again
             for drawn in paths:
                 lora, site = getattr(updates.get(drawn), "lora", None), site_of(modules[drawn])
-                if isinstance(lora, LoRA):
+                if isinstance(lora, LoRA) and lora.origin is lora:
                     draw(lora, init, lookup=site is not None and site.kind == "embedding")
+        for update in updates.values():  # PEFT comes to parameters after it is done with modules
+            if isinstance(update, LayerUpdate) and isinstance(update.lora, StackedLoRA):
+                draw(update.lora, init, lookup=False)
 
     def add_value(
         self, adapter_name: str, adapter: Adapter, peft_config: LoraConfig, autocast_adapter_dtype: bool = True
@@ -126,15 +130,42 @@ class LoraModel(NamedAsInPeft):
         """Add an adapter that exists, inactive and frozen."""
         config = self._checked(adapter_name, peft_config)
         adapter = replace(adapter, config=config.resolved(self.model, fresh=False))
-        self.handle.add(adapter_name, adapter, trainable=False, check_base=False)
+        self.handle.add(adapter_name, adapter, trainable=False, check_base=False, tied=self._tied(config))
         self._enter(adapter_name, config, autocast=autocast_adapter_dtype)
+
+    @contextlib.contextmanager
+    def _saying_what_matches(self, config: LoraConfig) -> Iterator[None]:
+        try:
+            yield
+        except TargetError as error:
+            preface = config.nothing_left(self.model)
+            raise NoMatchingPeftModuleError(f"{preface} {error}" if preface else str(error)) from error
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """False: it is LoRA already."""
+        return False
+
+    def _tied(self, config: LoraConfig) -> list[str]:
+        return tied_group(self.model) if config.ensure_weight_tying else []
+
+    def _get_module_names_tied_with_embedding(self) -> list[str]:
+        """Paths of the layers that have the weight of the input embedding."""
+        return sorted(tied_group(self.model)[1:])
 
     def _checked(self, name: str, config: PeftConfig) -> LoraConfig:
         if name in self.peft_config:
             raise PeftValueError(f"Adapter with name '{name}' already exists.")
         if not isinstance(config, LoraConfig):
             raise UnsupportedError(f"{type(config).__name__}: this version has LoRA")
-        if self.peft_config and any(c.bias != "none" for c in (config, *self.peft_config.values())):
+        others = {key: set(c.target_parameters) for key, c in self.peft_config.items() if c.target_parameters}
+        for other, parameters in others.items():
+            if config.target_parameters and set(config.target_parameters) != parameters:
+                raise PeftValueError(
+                    "When using multiple adapters with `target_parameters`, all adapters must target the same set of "
+                    f"parameters, but got {sorted(config.target_parameters)} for the new adapter and "
+                    f"{sorted(parameters)} for adapter {other!r}."
+                )
+        if config.bias != "none" and any(c.bias != "none" for c in self.peft_config.values()):
             raise PeftValueError(
                 f"{type(self).__name__} supports only 1 adapter with bias. When using multiple adapters, "
                 "set bias to 'none' for all adapters."
@@ -145,7 +176,8 @@ class LoraModel(NamedAsInPeft):
         self.peft_config[name] = config
         if not autocast:
             for path, update in self.handle._residents[name].updates():
-                dtype = next(iter(base_parameters(self.handle._residents[name].modules[path]).values())).dtype
+                module = module_at(path, self.handle._residents[name].modules)
+                dtype = next(iter(base_parameters(module).values())).dtype
                 update.to(dtype)
 
     def delete_adapter(self, adapter_name: str) -> None:
@@ -183,12 +215,19 @@ class LoraModel(NamedAsInPeft):
 
     @property
     def targeted_module_names(self) -> list[str]:
-        """Paths of layers with low-rank updates."""
-        return [
-            path
-            for path, module in self.handle.adapted_modules().items()
-            if isinstance(module, LoraLayer) and module.loras()
-        ]
+        """Paths of layers with low-rank updates, as they came."""
+        return list(dict.fromkeys(path for path, lora in self._updates() if not isinstance(lora, StackedLoRA)))
+
+    @property
+    def targeted_parameter_names(self) -> list[str]:
+        """Full names of parameters that were targeted by name, as they came."""
+        return list(dict.fromkeys(path for path, lora in self._updates() if isinstance(lora, StackedLoRA)))
+
+    def _updates(self) -> Iterator[tuple[str, LoRA]]:
+        for resident in self.handle._residents.values():
+            for path, update in resident.updates():
+                if isinstance(update, LayerUpdate) and update.lora is not None:
+                    yield path, update.lora
 
     @property
     def has_active_enabled_adapter(self) -> bool:
@@ -227,6 +266,7 @@ class LoraModel(NamedAsInPeft):
             adapter_names: which; None: the active ones.
             safe_merge: nothing more to be had: nothing is ever folded in that is not finite.
         """
+        self.handle.agree()
         wanted = [self._require(name) for name in adapter_names or self.active_adapters]
         merged = self.handle.state.merged
         fresh = [name for name in wanted if name not in merged]
@@ -261,6 +301,7 @@ class LoraModel(NamedAsInPeft):
             PeftValueError: an update is not finite, or too little of it would survive rounding to the dtype of the
             weights; the model is as it was.
         """
+        self.handle.agree()
         merged = self.handle.state.merged
         wanted = [self._require(name) for name in adapter_names or self.active_adapters]
         names = list(dict.fromkeys([*merged, *wanted]))
@@ -349,6 +390,12 @@ class LoraModel(NamedAsInPeft):
         if svd_clamp is not None or majority_sign_method != "total":
             raise UnsupportedError("svd_clamp and majority_sign_method='frequency' are not in this version")
         configs = [self.peft_config[self._require(name)] for name in adapters]
+        for name, config in zip(adapters, configs, strict=True):
+            if config.target_parameters:
+                raise PeftValueError(
+                    f"add_weighted_adapter does not support targeting nn.Parameter (problematic adapter {name!r}); "
+                    "lorakit.combine does, on saved adapters"
+                )
         self._refuse_whole_copies(adapters)
         request = Request.of(adapters, configs, combination_type, svd_rank, density)
         with self.handle.unfolded():

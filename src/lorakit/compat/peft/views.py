@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lorakit.compat.peft.stacked import parameter_name
 from lorakit.core.deltas import LoRA
 
 
@@ -65,8 +66,8 @@ class _Factor:
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         super().register_parameter(name, param)  # type: ignore[misc]
         if name == "weight" and "source" in self.__dict__:
-            lora, letter = self.source
-            setattr(lora, letter, param)
+            lora, own_name = self.source
+            setattr(lora, own_name, param)
 
 
 class LinearFactor(_Factor, nn.Linear):
@@ -103,12 +104,33 @@ class Dropout(nn.Dropout):
         self.source[0].dropout = value
 
 
+class TiedFactor(nn.Module):
+    """A or B of a layer that has the update of an embedding: a view of the embedding's factors, and no parameter."""
+
+    def __init__(self, lora: LoRA, letter: str) -> None:
+        super().__init__()
+        self.source = (lora, letter)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The factor."""
+        lora, letter = self.source
+        factor: torch.Tensor = getattr(lora, letter)
+        return factor
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        destination[f"{prefix}weight"] = self.weight if keep_vars else self.weight.detach()
+
+
 _CONVOLUTIONS: dict[int, type[nn.Module]] = {3: Conv1dFactor, 4: Conv2dFactor, 5: Conv3dFactor}
 
 
 def factor(lora: LoRA, letter: str, layer: Any) -> nn.Module:
     """The view of A or B of `lora` on `layer`."""
-    weight: nn.Parameter = getattr(lora, letter)
+    if lora.origin is not lora:
+        return TiedFactor(lora, letter)
+    own_name = parameter_name(lora, letter)
+    weight: nn.Parameter = getattr(lora, own_name)
     width = weight.shape[1]
     made: nn.Module
     with torch.device("meta"):  # what the constructor draws is thrown away
@@ -123,7 +145,7 @@ def factor(lora: LoRA, letter: str, layer: Any) -> nn.Module:
                 width * geometry["groups"], weight.shape[0], weight.shape[2:], bias=False, **geometry
             )
     made._parameters["weight"] = weight
-    made.source = (lora, letter)  # type: ignore[assignment]
+    made.source = (lora, own_name)  # type: ignore[assignment]
     return made
 
 

@@ -8,12 +8,14 @@ from lorakit.compat.peft.functions import (
     set_peft_model_state_dict,
 )
 from lorakit.compat.peft.lora_layers import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+from lorakit.compat.peft.tokens import TrainableTokensWrapper
 
 __all__ = [
     "AuxiliaryTrainingWrapper",
     "ModulesToSaveWrapper",
     "PeftType",
     "TaskType",
+    "TrainableTokensWrapper",
     "get_peft_model_state_dict",
     "load_peft_weights",
     "prepare_model_for_kbit_training",

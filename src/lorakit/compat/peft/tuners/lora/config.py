@@ -1,0 +1,5 @@
+"""`from peft.tuners.lora.config import LoraConfig`."""
+
+from lorakit.compat.peft.config import LoraConfig
+
+__all__ = ["LoraConfig"]

@@ -410,11 +410,13 @@ class AttachedAdapters:
                 replaced |= {f"{path}.{key}": _copied(tensor) for key, tensor in update.copy.state_dict().items()}
                 continue
             if update.lora is not None:
+                lora = update.lora
                 factors[path] = Factors(
-                    A=_copied(update.lora.A),
-                    B=_copied(update.lora.B),
-                    alpha=update.lora.alpha,
+                    A=_copied(lora.A),
+                    B=_copied(lora.B),
+                    alpha=lora.alpha,
                     kind=resident.kinds[path],  # type: ignore[arg-type]
+                    bias=None if lora.bias is None else _copied(lora.bias),
                 )
             if update.bias is not None:
                 biases[path] = _copied(update.bias)
@@ -436,8 +438,8 @@ class AttachedAdapters:
     # ------------------------------------------------------------ about
 
     def trainable_tensors(self, name: str = "default") -> dict[str, nn.Parameter]:
-        """All tensors an adapter trains, by stable names: "<path>.A", "<path>.B", "<path>.bias", or the parameter's
-        own name.
+        """All tensors an adapter trains, by stable names: "<path>.A", "<path>.B", "<path>.B.bias", "<path>.bias" (the
+        layer's own), or the parameter's own name.
         """
         return {
             f"{path}.{tensor}": parameter

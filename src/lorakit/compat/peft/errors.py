@@ -15,3 +15,11 @@ class UnsupportedError(ConfigError, NotImplementedError):
 
 class MismatchError(AdapterMismatchError, RuntimeError):
     """Tensors that do not fit the model; PEFT raises RuntimeError there."""
+
+
+class NoBiasError(AdapterError, RuntimeError):
+    """A bias of B that cannot be merged into a layer without one; PEFT raises RuntimeError there."""
+
+
+class PeftWarning(UserWarning):
+    """What PEFT warns of, where the facade does too."""

@@ -56,17 +56,20 @@ class LoraLayer(BaseTunerLayer):
             yield base + name, name if slot is None else f"lorakit_updates.{slot}.bias"
         names = self.lorakit_state.names
         for slot, update in self.lorakit_updates.items():
-            if cast("LayerUpdate", update).lora is not None and slot in names:
-                for letter in "AB":
-                    yield self._factor_key(letter, names[slot]), f"lorakit_updates.{slot}.lora.{letter}"
+            lora = cast("LayerUpdate", update).lora
+            if lora is not None and slot in names:
+                for theirs, ours in self._factor_keys(lora, names[slot]):
+                    yield theirs, f"lorakit_updates.{slot}.lora.{ours}"
 
     def _is_lookup(self) -> bool:
         return self.lorakit_site is not None and self.lorakit_site.kind == "embedding"
 
-    def _factor_key(self, letter: str, name: str) -> str:
-        if self._is_lookup():
-            return f"lora_embedding_{letter}.{name}"
-        return f"lora_{letter}.{name}.weight"
+    def _factor_keys(self, lora: LoRA, name: str) -> Iterator[tuple[str, str]]:
+        """(PEFT's, our) name of each tensor of adapter `name`'s update here."""
+        for letter in "AB":
+            yield f"lora_embedding_{letter}.{name}" if self._is_lookup() else f"lora_{letter}.{name}.weight", letter
+        if lora.bias is not None:
+            yield f"lora_B.{name}.bias", "bias"
 
     def _trained_bias(self) -> tuple[str, nn.Parameter] | None:
         """(slot, the bias an adapter trains here); PEFT allows one such adapter a model."""
@@ -94,6 +97,7 @@ class LoraLayer(BaseTunerLayer):
             if view is None or view.source[0] is not lora:
                 view = views.factor(lora, letter, self)
             view._parameters["weight"] = getattr(lora, letter)
+            view._parameters["bias"] = lora.bias if letter == "B" else None
             found[adapter] = view
         return self.view(name, found)
 
@@ -164,8 +168,8 @@ class LoraLayer(BaseTunerLayer):
 
     @property
     def lora_bias(self) -> views.PerAdapter:
-        """Adapter name -> False."""
-        return views.PerAdapter(partial(LoraLayer.loras, self), lambda *_: False)
+        """Adapter name -> whether B has a bias."""
+        return views.PerAdapter(partial(LoraLayer.loras, self), lambda _, lora: lora.bias is not None)
 
     @property
     def fan_in_fan_out(self) -> bool:
@@ -306,8 +310,7 @@ def key_map(model: nn.Module, adapter: str) -> Mapping[str, str]:
             inside[own_path] = f"{path}.base_layer"
         if isinstance(module, LoraLayer) and adapter in module.here():
             if adapter in module.loras():
-                for letter in "AB":
-                    key = module._factor_key(letter, adapter)
+                for key, _ in module._factor_keys(module.loras()[adapter], adapter):
                     found[f"{path}.{key}"] = f"{path}.{key.replace(f'.{adapter}', '', 1)}"
             if module._trained_bias() is not None:
                 name = module.bias_key()

@@ -64,9 +64,9 @@ class _Factor:
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         super().register_parameter(name, param)  # type: ignore[misc]
-        if name == "weight" and "source" in self.__dict__:
+        if name in ("weight", "bias") and "source" in self.__dict__:
             lora, letter = self.source
-            setattr(lora, letter, param)
+            setattr(lora, letter if name == "weight" else "bias", param)
 
 
 class LinearFactor(_Factor, nn.Linear):
@@ -109,20 +109,19 @@ _CONVOLUTIONS: dict[int, type[nn.Module]] = {3: Conv1dFactor, 4: Conv2dFactor, 5
 def factor(lora: LoRA, letter: str, layer: Any) -> nn.Module:
     """The view of A or B of `lora` on `layer`."""
     weight: nn.Parameter = getattr(lora, letter)
-    width = weight.shape[1]
+    width, bias = weight.shape[1], lora.bias if letter == "B" else None
     made: nn.Module
     with torch.device("meta"):  # what the constructor draws is thrown away
         if weight.ndim == 2:
-            made = LinearFactor(width, weight.shape[0], bias=False)
+            made = LinearFactor(width, weight.shape[0], bias=bias is not None)
         else:
             geometry: dict[str, Any] = {"groups": layer.groups}
             if letter == "A":
                 geometry = {name: getattr(layer, name) for name in ("stride", "padding", "dilation", "padding_mode")}
                 geometry["groups"] = layer.in_channels // width
-            made = _CONVOLUTIONS[weight.ndim](
-                width * geometry["groups"], weight.shape[0], weight.shape[2:], bias=False, **geometry
-            )
-    made._parameters["weight"] = weight
+            geometry["bias"] = bias is not None
+            made = _CONVOLUTIONS[weight.ndim](width * geometry["groups"], weight.shape[0], weight.shape[2:], **geometry)
+    made._parameters.update(weight=weight, bias=bias)
     made.source = (lora, letter)  # type: ignore[assignment]
     return made
 

@@ -89,6 +89,7 @@ def figures(adapter: Adapter, spectrum: Spectrum) -> dict[str, Any]:
         **adapter.summary(),
         "scaling": config.scaling,
         "bias": config.bias,
+        "lora_bias": config.lora_bias,
         "modules_to_save": list(config.modules_to_save),
         "metadata": dict(adapter.metadata),
         "spectrum": spectrum.to_dict(),

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -221,6 +221,15 @@ CASES = {
         ("q_proj", "v_proj", "projection"),
         "vit.embeddings.patch_embeddings.projection",
     ),
+}
+
+
+# what can have biases of B (`lora_bias`): no embedding, attention or experts
+WITH_LORA_BIAS = {
+    **{name: CASES[name] for name in ("mlp", "convolutions", "llama", "gpt2", "bert", "vit")},
+    "embedding": replace(CASES["embedding"], targets=("out",)),
+    "torch encoder": replace(CASES["torch encoder"], targets=("linear1", "linear2")),
+    "mixtral": replace(CASES["mixtral"], parameters=()),
 }
 
 

@@ -8,7 +8,7 @@ import pytest
 from click.testing import CliRunner
 
 import lorakit
-from lorakit import Adapter
+from lorakit import Adapter, LoRAConfig
 from lorakit.cli import main
 from tiny_models import byte_tokenizer
 from tiny_subjects import conversation, save_adapter, write_jsonl
@@ -152,6 +152,14 @@ def test_inspect_gives_all_numbers_and_a_page(adapter, tmp_path):
     spectrum = Adapter.load(adapter).spectrum()
     assert answer["spectrum"] == spectrum.to_dict()
     assert "<svg" in (tmp_path / "a.html").read_text("utf-8")
+
+
+def test_inspect_says_that_there_are_biases_of_b(base, tmp_path):
+    handle = lorakit.attach(
+        lorakit.load_model(base, dtype="fp32", device="cpu")[0], LoRAConfig(r=2, lora_bias=True, init="random")
+    )
+    result = run("inspect", handle.save("default", tmp_path / "a"))
+    assert "layers   14, rank 2, scaling lora, with biases of B (lora_bias)" in result.stderr.splitlines()
 
 
 def test_inspect_of_what_is_no_adapter(tmp_path):

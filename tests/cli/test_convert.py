@@ -75,8 +75,9 @@ def test_a_model_that_is_no_language_model_has_a_skeleton_too(tmp_path):
     assert [name for name, _ in load_skeleton(tmp_path).named_parameters()] == [n for n, _ in model.named_parameters()]
 
 
-def test_a_blank_adapter_is_what_attaching_would_make(llama):
-    config = LoRAConfig(r=3, rank_pattern={"q_proj": 2}, bias="none", modules_to_save=("norm",))
+@pytest.mark.parametrize("lora_bias", [False, True])
+def test_a_blank_adapter_is_what_attaching_would_make(llama, lora_bias):
+    config = LoRAConfig(r=3, rank_pattern={"q_proj": 2}, lora_bias=lora_bias, modules_to_save=("norm",))
     expected = lorakit.attach(llama, config).extract()
     blank = blank_adapter(lorakit.adapters(llama).detach(), config)
     assert {n: t.shape for n, t in blank.tensors().items()} == {n: t.shape for n, t in expected.tensors().items()}
@@ -206,6 +207,10 @@ def test_lint_before_training_names_what_the_target_cannot_carry(pipeline, tmp_p
     assert "token_embedding" in result.stderr
     result, told = run("export", "--lint", "--to", "kohya", "--model", pipeline, "--target-modules", "to_q", "--r", "2")
     assert (result.exit_code, told["ok"], told["obstacles"]) == (0, True, [])
+    flags = ("--model", pipeline, "--target-modules", "to_q", "--lora-bias")
+    result, told = run("export", "--lint", "--to", "kohya", *flags)
+    assert result.exit_code == 2
+    assert all(problem.endswith("merge into a base with biases") for problem in told["obstacles"])
     assert not any(tmp_path.iterdir())
 
 

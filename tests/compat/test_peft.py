@@ -35,6 +35,8 @@ SETTINGS = {
     "gaussian": {"init_lora_weights": "gaussian"},
     "orthogonal": {"init_lora_weights": "orthogonal"},
     "bias": {"bias": "lora_only"},
+    "lora bias": {"lora_bias": True, "lora_alpha": 5},
+    "lora bias, random": {"lora_bias": True, "lora_alpha": 5, "init_lora_weights": False},
 }
 
 
@@ -64,7 +66,11 @@ def same(ours, theirs, rtol=1e-5, atol=1e-6):
 
 @pytest.mark.parametrize(
     ("name", "setting"),
-    [*((name, setting) for name in NAMES for setting in ("plain", "random")), ("mlp", "bias"), ("bert", "bias")],
+    [
+        *((name, setting) for name in NAMES for setting in ("plain", "random")),
+        *(("mlp", "bias"), ("bert", "bias")),
+        *((name, f"lora bias{more}") for name in ("mlp", "gpt2", "bert", "vit", "llama") for more in ("", ", random")),
+    ],
 )
 def test_names_and_numbers_are_pefts(name, setting):
     ours, next_draw = build(facade, name, setting), torch.rand(3)
@@ -73,7 +79,8 @@ def test_names_and_numbers_are_pefts(name, setting):
     same(ours.state_dict(), theirs.state_dict(), 0, 0)
     same(dict(ours.named_parameters()), dict(theirs.named_parameters()), 0, 0)
     files = facade.get_peft_model_state_dict(ours)
-    same(files, peft.get_peft_model_state_dict(theirs, save_embedding_layers=False), 0, 0)
+    # PEFT takes a bias of B for a shard of a matrix, and warns
+    same(files, quiet(peft.get_peft_model_state_dict, theirs, save_embedding_layers=False), 0, 0)
     trained = [{n for n, p in m.named_parameters() if p.requires_grad} for m in (ours, theirs)]
     assert trained[0] == trained[1]
     assert ours.get_nb_trainable_parameters() == theirs.get_nb_trainable_parameters()
@@ -105,11 +112,14 @@ def test_five_steps_of_training_are_pefts(name, setting):
     same(results[facade][1], results[peft][1], 1e-4, 1e-5)
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "embedding"])
-def test_files_go_both_ways(name, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "setting"),
+    [*((name, "random") for name in ("llama", "gpt2", "bert", "embedding")), ("mlp", "lora bias, random")],
+)
+def test_files_go_both_ways(name, setting, tmp_path):
     task = {"llama": "CAUSAL_LM", "bert": "FEATURE_EXTRACTION"}.get(name)
     for writer, reader in ((facade, peft), (peft, facade)):
-        model = build(writer, name, "random", task_type=task).eval()
+        model = build(writer, name, setting, task_type=task).eval()
         quiet(model.save_pretrained, tmp_path / writer.__name__, save_embedding_layers=False)
         loaded = quiet(reader.PeftModel.from_pretrained, CASES[name].build(), tmp_path / writer.__name__).eval()
         assert type(loaded).__name__ == type(model).__name__
@@ -183,6 +193,54 @@ def test_merging_is_pefts_and_unmerging_gives_the_bits_back():
     same(plain.state_dict(), reference.state_dict(), 1e-5, 1e-6)
 
 
+def test_a_bias_of_b_is_merged_into_a_bias_and_nowhere_else():
+    ours, theirs = (build(lib, "gpt2", "lora bias, random").eval() for lib in (facade, peft))
+    before = {name: tensor.clone() for name, tensor in ours.get_base_model().state_dict().items()}
+    active = CASES["gpt2"].run(ours)
+    ours.merge_adapter()
+    theirs.merge_adapter()
+    same(ours.state_dict(), theirs.state_dict(), 1e-5, 1e-6)
+    torch.testing.assert_close(CASES["gpt2"].run(ours), active, rtol=1e-4, atol=1e-5)
+    ours.unmerge_adapter()
+    same(ours.get_base_model().state_dict(), before, 0, 0)
+    layer = ours.base_model.model.transformer.h[0].attn.c_attn
+    bias, own, whole = layer.lora_B["default"].bias, layer.bias.clone(), layer.lora_B["default"].bias.detach().clone()
+    with torch.no_grad():
+        bias[0] = torch.inf
+        for call in (ours.merge_adapter, ours.merge_and_unload):
+            with pytest.raises(ValueError, match=r"NaNs detected in the merged weights\. The adapter default seems"):
+                call()
+            assert torch.equal(layer.bias, own)
+        bias.copy_(whole)
+    same(ours.merge_and_unload().state_dict(), quiet(theirs.merge_and_unload).state_dict(), 1e-5, 1e-6)
+    config = facade.LoraConfig(target_modules=["first", "second"], lora_bias=True, init_lora_weights=False)
+    with pytest.warns(facade.PeftWarning, match="`lora_bias=True` was passed but the targeted layer of type Linear"):
+        model = facade.get_peft_model(CASES["mlp"].build(), config)
+    active = CASES["mlp"].run(model)
+    for call in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(RuntimeError, match=r"(?s)because the base layer has no bias: .*second\n"):
+            call()
+        assert torch.equal(CASES["mlp"].run(model), active)
+
+
+def test_a_weighted_sum_has_the_biases_of_b_in_it():
+    """PEFT's has not: add_weighted_adapter leaves lora_B.bias as it is in a fresh adapter."""
+    model = build(facade, "gpt2", "lora bias, random", "a").eval()
+    model.add_adapter("b", facade.LoraConfig(r=4, target_modules=["c_attn"], lora_bias=True, init_lora_weights=False))
+    run, outputs = CASES["gpt2"].run, []
+    model.eval()
+    for kind in ("cat", "linear", "svd"):
+        model.base_model.add_weighted_adapter(["a", "b"], [0.7, 0.4], kind, combination_type=kind, svd_rank=8)
+        model.set_adapter(kind)
+        outputs.append(run(model))
+    handle = model.base_model.handle
+    handle.activate({"a": 0.7, "b": 0.4})
+    for output in outputs:
+        torch.testing.assert_close(output, run(model), rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match=r"ties: adapter 1 .*lora_bias"):
+        model.base_model.add_weighted_adapter(["a", "b"], [0.7, 0.4], "ties", combination_type="ties")
+
+
 def test_merging_what_is_not_finite_names_the_adapter_and_changes_nothing():
     model = build(facade, "mlp", "random")
     model.add_adapter("good", model.peft_config["default"])
@@ -201,7 +259,10 @@ def test_layers_have_pefts_attributes_over_our_tensors():
     theirs = build(peft, "mlp", "random").base_model.model.first
     assert isinstance(layer, LoraLayer)
     assert isinstance(layer, nn.Linear)
-    for name in ("scaling", "r", "lora_alpha", "use_rslora", "use_dora", "in_features", "active_adapters", "merged"):
+    for name in (
+        *("scaling", "r", "lora_alpha", "use_rslora", "use_dora", "lora_bias"),
+        *("in_features", "active_adapters", "merged"),
+    ):
         ours, reference = getattr(layer, name), getattr(theirs, name)
         assert (dict(ours) if isinstance(reference, dict) else ours) == reference, name
     torch.testing.assert_close(layer.get_delta_weight("default"), theirs.get_delta_weight("default"))
@@ -219,6 +280,12 @@ def test_layers_have_pefts_attributes_over_our_tensors():
     assert "dropout=0.5" in repr(layer.loras()["default"])
     with pytest.raises(TypeError, match="cannot be set"):
         layer.r["default"] = 8
+    layer = build(facade, "mlp", "lora bias").base_model.model.first
+    assert dict(layer.lora_bias) == {"default": True}
+    assert "bias=True" in repr(layer.lora_B["default"])
+    layer.lora_B["default"].bias = nn.Parameter(torch.ones(20))
+    assert layer.lora_A["default"].bias is None
+    torch.testing.assert_close(layer(x) - layer.base_layer(x), torch.full((2, 20), layer.scaling["default"]))
 
 
 @BOTH
@@ -319,7 +386,9 @@ def test_copies_pickles_and_state_dicts_are_whole():
     ("settings", "message"),
     [
         ({"use_dora": True}, "use_dora=True"),
-        ({"init_lora_weights": "pissa", "lora_bias": True}, "(?s)lora_bias=True.*pissa"),
+        ({"init_lora_weights": "pissa", "layer_replication": [(0, 1)]}, "(?s)layer_replication.*pissa"),
+        ({"init_lora_weights": "pissa", "lora_bias": True}, "lora_bias=True is only supported with .*pissa"),
+        ({"use_dora": True, "lora_bias": True}, "lora_bias=True is not supported for DoRA"),
         ({"r": 0}, "positive"),
         ({"task_type": "NOTHING"}, "Invalid task type"),
         ({"bias": "some"}, "Requested bias: some"),

@@ -6,8 +6,9 @@ import torch
 import lorakit
 from adapter.models import llama, randomise
 from lorakit import Adapter, LoRAConfig
+from lorakit.adapter.blank import blank_adapter
 from lorakit.errors import AdapterFileError
-from lorakit.formats import locate, recognise
+from lorakit.formats import CODECS, BaseFacts, Context, locate, obstacles, recognise
 from tiny_models import tiny_llama
 
 
@@ -55,3 +56,20 @@ def test_an_adapter_is_not_written_for_a_base_of_other_sizes(format, model, tmp_
     with pytest.raises(AdapterFileError, match=r"an update of \d+ x \d+, and the base has"):
         value.save(tmp_path / "a", format, model=other)
     assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize("format", CODECS)
+def test_biases_of_updates_are_carried_by_peft_and_refused_by_name_by_all_others(format, tmp_path):
+    model, config = llama().eval(), LoRAConfig(r=4, lora_bias=True)
+    context = Context(base=BaseFacts.of(model), base_reference="base")
+    blank = blank_adapter(model, config)
+    handle = lorakit.attach(model, config)
+    randomise(handle)
+    told = [obstacles(value, format, context) for value in (handle.extract(), blank)]
+    assert told[0] == told[1]
+    named = {problem.partition(":")[0] for problem in told[0] if "B has a bias (lora_bias)" in problem}
+    assert named == (set() if format == "peft" else set(blank.factors))
+    if format != "peft":
+        with pytest.raises(AdapterFileError, match=r"up_proj: B has a bias \(lora_bias\), which"):
+            handle.extract().save(tmp_path / "a", format, model=model)
+        assert not (tmp_path / "a").exists()

@@ -20,6 +20,7 @@ SETTINGS = {
     "plain": {},
     "rslora": {"scaling": "rslora", "alpha": 5.0},
     "bias": {"bias": "all"},
+    "lora bias": {"lora_bias": True, "alpha": 5.0},
 }  # fmt: skip
 
 with_peft = pytest.mark.parametrize(
@@ -28,6 +29,7 @@ with_peft = pytest.mark.parametrize(
         *((n, s) for n in ("llama", "gpt2", "mlp") for s in ("plain", "rslora")),
         *(("llama embedding", "plain"), ("bert", "plain"), ("bert", "bias"), ("vit", "plain"), ("mlp", "bias")),
         *(("convolutions", "plain"), ("embedding", "rslora"), ("gpt2", "bias")),
+        *((n, "lora bias") for n in ("llama", "gpt2", "mlp", "bert", "vit", "convolutions")),
     ],
 )
 
@@ -70,6 +72,7 @@ def test_we_read_peft_files_and_compute_what_peft_computes(name, setting, tmp_pa
         else config.target_modules,
         use_rslora=config.scaling == "rslora",
         bias=config.bias,
+        lora_bias=config.lora_bias,
     )
     wrapped = quiet_peft(peft.get_peft_model, case.build(), theirs)
     torch.manual_seed(3)
@@ -167,7 +170,9 @@ def change_tensors(folder, change):
         ({"use_dora": True}, "use_dora is True"),
         ({"peft_type": "LOHA"}, "LOHA"),
         ({"init_lora_weights": "pissa"}, "changed the base"),
-        ({"lora_bias": True}, "lora_bias"),
+        ({"lora_bias": True}, r"lora_B\.bias is missing"),
+        ({"lora_bias": True, "init_lora_weights": "gaussian"}, "lora_bias: goes with init"),
+        ({"lora_bias": "yes"}, "lora_bias: Input should be a valid boolean"),
         ({"target_parameters": ["experts"]}, "target_parameters"),
         ({"something_new": 3}, "something_new is 3"),
         ({"r": "four"}, "r: Input should be a valid integer"),
@@ -187,6 +192,7 @@ def test_every_bad_tensor_is_listed_in_one_error(folder):
         del tensors[next(k for k in keys if "q_proj.lora_B" in k)]
         tensors[next(k for k in keys if "k_proj.lora_A" in k)][0, 0] = float("nan")
         tensors["base_model.model.surprise.weight"] = torch.zeros(3)
+        tensors[next(k for k in keys if "v_proj.lora_B" in k).replace("weight", "bias")] = torch.zeros(3)
         tensors["no_prefix.lora_A.weight"] = torch.zeros(3)
 
     change_tensors(folder, spoil)
@@ -194,7 +200,11 @@ def test_every_bad_tensor_is_listed_in_one_error(folder):
         Adapter.load(folder)
     text = str(caught.value)
     assert all(
-        word in text for word in ("q_proj: lora_B is missing", "surprise.weight: unexpected", "does not begin with")
+        word in text
+        for word in (
+            *("q_proj: lora_B is missing", "surprise.weight: unexpected", "does not begin with"),
+            "v_proj: lora_B.bias is unexpected; the config's lora_bias is off",
+        )
     )
 
 
@@ -260,6 +270,7 @@ def test_the_file_is_what_peft_expects(folder):
     assert values["task_type"] == "CAUSAL_LM"
     assert values["r"] == 2
     assert values["lora_alpha"] == 4
+    assert "lora_bias" not in values
 
 
 def test_an_unknown_format_writes_nothing(folder, tmp_path):

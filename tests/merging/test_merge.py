@@ -63,6 +63,7 @@ CASES = {
     "llama, head trained whole": (lambda: tiny_llama(), {"modules_to_save": ("lm_head",)}),
     "llama, norm trained whole": (lambda: tiny_llama(), {"modules_to_save": ("model.norm",), "scaling": "rslora"}),
     "gpt2": (lambda: tiny_gpt2(), {"rank_pattern": {"c_attn": 2}, "alpha_pattern": {"c_fc": 3.0}}),
+    "gpt2, biases of B": (lambda: tiny_gpt2(), {"lora_bias": True}),
     "gpt2, bare names": (lambda: tiny_gpt2().transformer, {"bias": "lora_only"}),
 }
 
@@ -109,6 +110,15 @@ def test_streaming_gives_what_merging_in_memory_gives(tmp_path):
         again = tmp_path / f"{rounding} again"
         merge(adapters=[adapter], output=again, dtype="bf16", rounding=rounding, seed=5, verify=False)
         assert all(torch.equal(tensor, streamed[name]) for name, tensor in reloaded(again).state_dict().items())
+
+
+def test_a_bias_of_b_in_a_layer_without_bias_is_refused_before_anything_is_written(tmp_path):
+    base = saved(tmp_path / "base", tiny_llama(attention_bias=True))
+    adapter = adapter_for(base, tmp_path / "adapter", lora_bias=True, target_modules=["q_proj", "up_proj"])
+    with pytest.raises(AdapterError, match=r"(?s)cannot be merged: .*lora_bias.*layers\.0\.mlp\.up_proj\n") as caught:
+        merge(adapters=[adapter], output=tmp_path / "merged")
+    assert "q_proj" not in str(caught.value)
+    assert not (tmp_path / "merged").exists()
 
 
 def test_several_adapters_with_weights_add_up(tmp_path):

@@ -17,7 +17,10 @@ from lorakit.training.run import train
 from tiny_runs import configured, metrics, rows, write_rows
 
 # PEFT's own call of a property that transformers has renamed
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed"),  # of layers without a bias of their own
+]
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -34,15 +37,16 @@ def peft_losses(config):
         r=config.lora.r,
         lora_alpha=config.lora.alpha,
         lora_dropout=0.0,
+        lora_bias=config.lora.lora_bias,
         target_modules=list(TARGETS),
         task_type="CAUSAL_LM",
     )
     model = get_peft_model(model, peft_config)
-    names = {"A": "lora_A.default.weight", "B": "lora_B.default.weight"}
+    names = {"A": "lora_A.default.weight", "B.bias": "lora_B.default.bias", "B": "lora_B.default.weight"}
     with torch.no_grad():
         for name, tensor in initial.items():
-            path, factor = name.rsplit(".", 1)
-            model.get_parameter(f"base_model.model.{path}.{names[factor]}").copy_(tensor)
+            path, ours = next((name.removesuffix(f".{own}"), own) for own in names if name.endswith(f".{own}"))
+            model.get_parameter(f"base_model.model.{path}.{names[ours]}").copy_(tensor)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     assert len(trained) == len(initial)
     optimizer = torch.optim.AdamW(
@@ -89,11 +93,11 @@ def our_losses(config, folder):
     return [row["loss"] for row in metrics(folder) if "loss" in row]
 
 
-@pytest.mark.parametrize("accumulation", [1, 3])
-def test_twenty_steps_equal_peft(settings, tmp_path, accumulation):
+@pytest.mark.parametrize(("accumulation", "lora_bias"), [(1, False), (3, False), (3, True)])
+def test_twenty_steps_equal_peft(settings, tmp_path, accumulation, lora_bias):
     """Micro-batches of a few rows here, whole padded batches there; warm-up, cosine, clipping, weight decay."""
     config = configured(
-        {**settings, "lora": {"r": 4, "alpha": 8.0, "dropout": 0.0}},
+        {**settings, "lora": {"r": 4, "alpha": 8.0, "dropout": 0.0, "lora_bias": lora_bias}},
         tmp_path / "run",
         max_steps=20,
         warmup=0.1,

@@ -23,7 +23,8 @@ def blank_adapter(model: nn.Module, config: LoRAConfig) -> Adapter:
     factors = {}
     for target in targets.layers:
         A, B = (torch.empty(shape, device="meta") for shape in target.site.shapes(target.module, target.r, target.path))
-        factors[target.path] = Factors(A=A, B=B, alpha=target.alpha, kind=target.site.kind)  # type: ignore[arg-type]
+        kind, bias = target.site.kind, B.new_empty(len(B)) if config.lora_bias else None
+        factors[target.path] = Factors(A=A, B=B, alpha=target.alpha, kind=kind, bias=bias)  # type: ignore[arg-type]
     return Adapter(
         config=config,
         base=fingerprint.of(model, list(base_parameters(model).items())),

@@ -84,6 +84,8 @@ def combine(
             magnitude_prune, ties, dare_linear, dare_ties, della, della_linear: each dense update thinned out, then
             summed or put to a vote (`core.consensus`), then the best approximation of that at a rank.
             knots: the same in the basis that all updates have in common (arXiv 2410.19735); needs no truncation.
+
+            Biases of B (`lora_bias`) are summed with the updates, exactly, by cat, linear and svd; the others refuse.
         rank: see `Options`, as for the five after it.
         energy: share of energy that stays.
         density: share of elements that stays.
@@ -147,9 +149,22 @@ def _side_by_side(parts: Sequence[Term]) -> tuple[torch.Tensor, torch.Tensor]:
     return A, torch.cat([B.detach().double() for _, B, _ in stacks], dim=2)
 
 
+def _bias(shell: Adapter, parts: Sequence[Term]) -> torch.Tensor | None:
+    """The sum of w s times B's bias, fp64; zero where one adapter has such biases and none that has this layer does."""
+    if not shell.config.lora_bias:
+        return None
+    B = parts[0].factors.B
+    total = B.new_zeros(len(B), dtype=torch.float64)
+    for factors, scale in ((part.factors, part.weight * part.s) for part in parts):
+        total = total if factors.bias is None else total + factors.bias.detach().double() * scale
+    return total
+
+
 def _cat(shell: Adapter, terms: Mapping[str, list[Term]], options: Options) -> Truncated:
     stacks = {path: _side_by_side(parts) for path, parts in terms.items()}
-    factors = {path: refactored(_widest(terms[path]), *stack) for path, stack in stacks.items()}
+    factors = {
+        path: refactored(_widest(terms[path]), *stack, _bias(shell, terms[path])) for path, stack in stacks.items()
+    }
     norms = {path: lowrank.frobenius_norm(*stack) for path, stack in stacks.items()}
     return Truncated(adapter=with_factors(shell, factors), errors=dict.fromkeys(factors, 0.0), norms=norms)
 
@@ -164,7 +179,7 @@ def _linear(shell: Adapter, terms: Mapping[str, list[Term]], options: Options) -
         carries = largest * 2 * torch.finfo(factors[path].A.dtype).eps
         rank = max(1, int((carries < value.S).sum(-1).max()))
         if rank < factors[path].r // factors[path].rank_shares:
-            factors[path] = refactored(factors[path], *lowrank.balanced(value, rank))
+            factors[path] = refactored(factors[path], *lowrank.balanced(value, rank), factors[path].bias)
     return replace(whole, adapter=with_factors(shell, factors))
 
 
@@ -189,7 +204,7 @@ def _by_elements(shell: Adapter, terms: Mapping[str, list[Term]], options: Optio
         target = _fused(recipe, dense, parts, path, options)
         rank = ranks[path] // parts[0].factors.rank_shares
         value = lowrank.dense_svd(target, rank, seeded(options.seed, f"{path}|svd"))
-        f = refactored(_widest(parts), *lowrank.balanced(value, value.S.shape[-1]))
+        f = refactored(_widest(parts), *lowrank.balanced(value, value.S.shape[-1]), None)
         A, B = f.blocks()
         factors[path] = f
         errors[path] = float(torch.linalg.vector_norm(target - B @ A, dtype=torch.float64))
@@ -209,7 +224,7 @@ def _knots(shell: Adapter, terms: Mapping[str, list[Term]], options: Options) ->
         target = _fused(recipe, aligned, parts, path, options)  # (groups, k, columns)
         value = lowrank.svd(target, Q_B)
         rank = min(ranks[path] // parts[0].factors.rank_shares, value.S.shape[-1])
-        factors[path] = refactored(_widest(parts), *lowrank.balanced(value, rank))
+        factors[path] = refactored(_widest(parts), *lowrank.balanced(value, rank), None)
         errors[path] = math.sqrt(lowrank.energy(value.S[..., rank:]))
         norms[path] = math.sqrt(lowrank.energy(value.S))
     return Truncated(adapter=with_factors(shell, factors), errors=errors, norms=norms)
@@ -292,6 +307,7 @@ _METHODS: dict[str, _Method] = {
     "knots": _Method(_knots, frozenset({"density", "rank", "epsilon", "inside"})),
 }
 METHODS = tuple(_METHODS)
+_ON_ELEMENTS = frozenset(name for name, method in _METHODS.items() if "density" in method.takes)
 
 
 def _check_request(adapters: Sequence[Adapter], weights: Sequence[float], method: str, options: Options) -> None:
@@ -316,6 +332,13 @@ def _check_request(adapters: Sequence[Adapter], weights: Sequence[float], method
         for f in fields(options)
         if f.name not in takes | {"seed"} and getattr(options, f.name) is not None
     ]
+    if method in _ON_ELEMENTS:
+        problems += [
+            f"{method}: adapter {number} gives its layers biases (lora_bias), which are no elements of a matrix to be "
+            f"thinned out or voted on; {', '.join(name for name in METHODS if name not in _ON_ELEMENTS)} add them up"
+            for number, adapter in enumerate(adapters, 1)
+            if adapter.config.lora_bias
+        ]
     problems += _out_of_range(options)
     union.raise_all("combine", problems)
 

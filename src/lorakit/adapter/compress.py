@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
+
 from lorakit.adapter.config import LoRAConfig
 from lorakit.adapter.spectrum import decomposed, require_low_rank
 from lorakit.adapter.value import Adapter, Factors
@@ -68,7 +70,8 @@ class Truncated:
 def compress(adapter: Adapter, *, rank: int | None = None, energy: float | None = None) -> Truncated:
     """The nearest adapter of lower rank (Eckart-Young), with scale 1 (alpha = r) and balanced factors in fp32.
 
-    Biases and `modules_to_save` stay as they are.
+    Biases and `modules_to_save` stay as they are, and so does what biases of B (`lora_bias`) do; the error is that of
+    the weights' updates, since nothing of those is lost.
 
     Args:
         adapter: any; it stays as it is.
@@ -109,7 +112,9 @@ def truncated(adapter: Adapter, *, ranks: Mapping[str, int] | None = None, energ
         kept = {path: ranks[path] // adapter.factors[path].rank_shares for path in values}
     factors, errors, norms = {}, {}, {}
     for path, value in values.items():
-        factors[path] = refactored(adapter.factors[path], *lowrank.balanced(value, kept[path]))
+        f = adapter.factors[path]
+        bias = None if f.bias is None else f.bias.detach().double() * adapter.scale(path)
+        factors[path] = refactored(f, *lowrank.balanced(value, kept[path]), bias)
         errors[path] = math.sqrt(lowrank.energy(value.S[..., kept[path] :]))
         norms[path] = math.sqrt(lowrank.energy(value.S))
     return Truncated(adapter=with_factors(adapter, factors), errors=errors, norms=norms)
@@ -132,13 +137,14 @@ def refuse_ranks_within_groups(factors: Mapping[str, Factors], ranks: Mapping[st
         )
 
 
-def refactored(like: Factors, A: Any, B: Any) -> Factors:
-    """Stacks of factors with scale 1 as the factors of a layer like `like`, in fp32 (fp64 if it is so)."""
+def refactored(like: Factors, A: torch.Tensor, B: torch.Tensor, bias: torch.Tensor | None) -> Factors:
+    """Stacks of factors, and B's bias, with scale 1 as the factors of a layer like `like`, in fp32 (fp64 if it is
+    so).
+    """
     stacked = like.kind == "experts"
     A, B = (A, B) if stacked else lowrank.unblocked(A, B, like.A, like.B)
-    dtype = like.A.dtype if like.A.dtype.itemsize > 4 else None
-    A, B = (t.to(dtype) if dtype else t.float() for t in (A, B))
-    return replace(like, A=A.contiguous(), B=B.contiguous(), alpha=float(A.shape[1 if stacked else 0]))
+    made = replace(like, A=A.contiguous(), B=B.contiguous(), bias=bias, alpha=float(A.shape[1 if stacked else 0]))
+    return made.to(torch.float64 if like.A.dtype == torch.float64 else torch.float32)
 
 
 def with_factors(adapter: Adapter, factors: Mapping[str, Factors], **changes: Any) -> Adapter:

@@ -21,7 +21,8 @@ class LoRAConfig(Config):
     """Which layers get an update, of what rank and scale, and how it starts.
 
     The update of a layer with weight W (out, in) is ``s * B @ A`` with A (r, in), B (out, r); ``s = alpha / r`` (LoRA,
-    arXiv 2106.09685) or ``alpha / sqrt(r)`` (rsLoRA, arXiv 2312.03732).
+    arXiv 2106.09685) or ``alpha / sqrt(r)`` (rsLoRA, arXiv 2312.03732). With `lora_bias` B has a bias c (out,), and
+    what is added to the output for an input x is ``s * (B @ A @ x + c)``.
     """
 
     aliases: ClassVar[Mapping[str, str]] = {
@@ -38,7 +39,6 @@ class LoRAConfig(Config):
     advice: ClassVar[Mapping[str, str]] = {
         "use_dora": "DoRA is not in this version",
         "loftq_config": "LoftQ is not in this version; init names what there is",
-        "lora_bias": "set bias to all or lora_only",
         "fan_in_fan_out": "leave it out: how a layer stores its weight is seen from the layer",
         "task_type": "leave it out: it is seen from the model",
         "lora_target_linear": "leave it out: target_modules is all-linear unless you set it",
@@ -89,6 +89,11 @@ class LoRAConfig(Config):
     bias: Literal["none", "all", "lora_only"] = "none"
     """Which biases are trained with the adapter: none, all of the model's, or those of adapted layers."""
 
+    lora_bias: bool = False
+    """Give each B a bias of its own, zero at the start, scaled with the update and stored with it (PEFT's `lora_bias`);
+    the layer's bias stays frozen. Layers that have none can be adapted, not merged. Not for embeddings,
+    MultiheadAttention and experts; init must be default or random."""
+
     modules_to_save: Annotated[tuple[str, ...], _NONE_IS_EMPTY] = ()
     """Modules (matched as `target_modules`) trained whole and stored with the adapter, e.g. a classification head."""
 
@@ -113,6 +118,11 @@ class LoRAConfig(Config):
         found += [f"alpha_pattern[{k!r}]: must be positive (got {v})" for k, v in self.alpha_pattern.items() if v <= 0]
         if not self.target_modules and not self.target_parameters:
             found.append('target_modules: is empty; name layers or use "all-linear"')
+        if self.lora_bias and self.init not in ("default", "random"):
+            found.append(
+                f"lora_bias: goes with init 'default' or 'random', the only ones with which PEFT reads such an adapter "
+                f"(got init {self.init!r})"
+            )
         if self.layers is not None and (not self.layers or min(self.layers) < 0):
             found.append(f"layers: must be layer numbers from 0 (got {list(self.layers)})")
         return found

@@ -103,7 +103,11 @@ def folded_parameters(
         selection: adapters and weights.
         seed: round stochastically, drawing from it and each parameter's name; None: to the nearest.
         dtype: of storage; None: each parameter's own.
+
+    Raises:
+        AdapterError: as `require_biases`, or an update that cannot be folded in.
     """
+    require_biases(modules, selection)
     for path, module in modules.items():
         for owner, update in _updates(path, module, selection):
             name, inner, own_name = owner
@@ -124,7 +128,7 @@ def changed_parameters(path: str, module: AdaptedModule, selection: Selection) -
         updates, site = cast("list[LayerUpdate]", active), module.lorakit_site
         of_weight = any(update.lora is not None or update.tokens is not None for update in updates)
         names = [site.weight_name] if site is not None and of_weight else []
-        names += [bias_name(module)] if any(update.bias is not None for update in updates) else []
+        names += [bias_name(module)] if any(update.changes_bias for update in updates) else []
     elif isinstance(module, AdaptedExperts):
         stacked = cast("list[StackedUpdate]", active)
         names = [name for name in weight_names(module) if any(name in update.updates for update in stacked)]
@@ -175,12 +179,14 @@ def _layer_updates(
         changes = [(update.lora.dense(site), weight) for update, weight in changing if update.lora is not None]
         changes += [(update.tokens.dense(own), weight) for update, weight in changing if update.tokens is not None]
         yield (full(name), module, name), sum_of(changes)
-    biases = [(update.bias.detach(), weight) for update, weight in updates if update.bias is not None]
-    if biases:
+    if any(update.changes_bias for update, _ in updates):
         name = bias_name(module)
         own = module.get_parameter(name).detach()
         wide = own.to(torch.promote_types(own.dtype, torch.float32))
-        yield (full(name), module, name), sum_of((bias - wide, weight) for bias, weight in biases)
+        changes = [(update.bias.detach() - wide, weight) for update, weight in updates if update.bias is not None]
+        loras = [(update.lora, weight) for update, weight in updates if update.lora is not None]
+        changes += [(lora.bias.detach().float(), lora.s * w) for lora, w in loras if lora.bias is not None]
+        yield (full(name), module, name), sum_of(changes)
 
 
 def sum_of(terms: Iterable[tuple[torch.Tensor, float]]) -> torch.Tensor:
@@ -330,3 +336,22 @@ def require_active(selection: Selection) -> None:
     """
     if not selection.weights:
         raise AdapterError("no adapter is active, so there is nothing to merge; activate one first")
+
+
+def require_biases(modules: Mapping[str, AdaptedModule], selection: Selection) -> None:
+    """Refuse to fold in a bias of B (`lora_bias`) where the layer has none to take it.
+
+    Raises:
+        AdapterError: with every such layer.
+    """
+    lacking = []
+    for path, module in modules.items():
+        if isinstance(module, AdaptedLayer) and module._parameters.get(bias_name(module)) is None:
+            updates = cast("list[tuple[LayerUpdate, float]]", module.active_updates(selection))
+            lacking += [path] if any(update.changes_bias for update, _ in updates) else []
+    if lacking:
+        raise AdapterError(
+            "cannot be merged: the adapter gives these layers a bias (lora_bias), and they have none of their own to "
+            f"take it:\n{bullet_list(lacking)}\nKeep the adapter unmerged, or, with the model in memory, give them one "
+            "of zeros first: layer.bias = torch.nn.Parameter(torch.zeros(outputs))."
+        )

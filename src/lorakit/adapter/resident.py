@@ -139,11 +139,13 @@ class Resident:
                 replaced |= {f"{path}.{key}": _copied(tensor) for key, tensor in update.copy.state_dict().items()}
                 continue
             if update.lora is not None:
+                lora = update.lora
                 factors[path] = Factors(
-                    A=_copied(update.lora.A),
-                    B=_copied(update.lora.B),
-                    alpha=update.lora.alpha,
+                    A=_copied(lora.A),
+                    B=_copied(lora.B),
+                    alpha=lora.alpha,
                     kind=self.kinds[path],  # type: ignore[arg-type]
+                    bias=None if lora.bias is None else _copied(lora.bias),
                 )
             if update.bias is not None:
                 biases[path] = _copied(update.bias)

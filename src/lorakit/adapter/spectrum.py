@@ -1,4 +1,8 @@
-"""The singular values of an adapter's updates, layer by layer: how much each changes, and in how many directions."""
+"""The singular values of an adapter's updates, layer by layer: how much each changes, and in how many directions.
+
+Of what multiplies the input: a bias of B (`lora_bias`) adds the same whatever comes in, and counts in none of the
+figures.
+"""
 
 from __future__ import annotations
 

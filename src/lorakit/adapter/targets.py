@@ -12,11 +12,14 @@ from torch import nn
 
 from lorakit.adapter.config import LoRAConfig
 from lorakit.adapter.patterns import ends, matching
+from lorakit.adapter.value import TAKES_BIAS
 from lorakit.core import experts
 from lorakit.core.attention import AdaptedAttention, is_output_projection
 from lorakit.core.layer import AdaptedLayer, base_modules, bias_dim, bias_name
 from lorakit.core.sites import Site, is_attention, is_linear, site_of
 from lorakit.errors import TargetError, bullet_list, nearest
+
+_IN_WORDS = {"embedding": "Embedding", "attention": "MultiheadAttention", "experts": "stacked experts"}
 
 
 @dataclass(frozen=True)
@@ -106,6 +109,11 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> Targets:
         # a pattern for an attention means both its projections, as it does to PEFT
         known = path if path in ranks or site.kind != "attention" else path.removesuffix(".out_proj")
         also = path if path in alphas or site.kind != "attention" else path.removesuffix(".out_proj")
+        if config.lora_bias and site.kind not in TAKES_BIAS:
+            problems.append(
+                f"{path}: lora_bias=True is not supported for {_IN_WORDS[site.kind]}; leave it out by exclude_modules, "
+                "or set lora_bias to false"
+            )
         layers.append(Target(path, module, site, int(ranks.get(known, config.r)), alphas.get(also, config.alpha)))
     folded = [path for path in stacks if path in chosen and not experts.keeps_contract(module_at(path, candidates))]
     if folded and config.dropout:

@@ -12,7 +12,7 @@ import torch
 from lorakit.adapter import fingerprint
 from lorakit.adapter.config import LoRAConfig
 from lorakit.adapter.spectrum import require_low_rank
-from lorakit.adapter.value import Adapter
+from lorakit.adapter.value import TAKES_BIAS, Adapter
 from lorakit.errors import AdapterError, bullet_list
 
 
@@ -141,6 +141,13 @@ def _config(adapters: Sequence[Adapter]) -> LoRAConfig:
         advice = ["bias lora_only means all layers of the combined adapter: activate the adapters together instead"]
         raise_all("combine", lacking and [*lacking, *advice])
     tokens = next((adapter.config.trainable_tokens for adapter in adapters if adapter.tokens), ())
+    with_bias = next((adapter.config for adapter in adapters if adapter.config.lora_bias), None)
+    if with_bias is not None:
+        kinds = {path: f.kind for a in adapters for path, f in a.factors.items() if f.kind not in TAKES_BIAS}
+        lacking = [f"{path}: B of a layer of kind {kind} has no bias" for path, kind in kinds.items()]
+        advice = ["lora_bias means all layers of the combined adapter: activate the adapters together instead"]
+        raise_all("combine", lacking and [*lacking, *advice])
+        config = replace(config, lora_bias=True, init=with_bias.init)  # one of those that go together
     return replace(
         config, bias=bias, modules_to_save=saved, trainable_tokens=tokens, dropout=adapters[0].config.dropout
     )

@@ -29,6 +29,8 @@ def expected_shapes(adapter: Adapter, targets: Targets, modules: Mapping[str, nn
         if target.site.kind == "convolution" and factors is not None and factors.A.shape[1] == channels:
             shape_A = (shape_A[0], channels, *shape_A[2:])  # PEFT's A reads all channels of a grouped convolution
         shapes |= {f"{target.path}.A": shape_A, f"{target.path}.B": shape_B}
+        if adapter.config.lora_bias:
+            shapes[f"{target.path}.B.bias"] = shape_B[:1]
     shapes |= {f"{path}.bias": tuple(_bias(modules[path]).shape) for path in targets.biases}
     for path in targets.tokens[:1]:
         dim = modules[path].get_parameter("weight").shape[1]
@@ -90,19 +92,23 @@ def _fresh_lora(config: LoRAConfig, target: Target, seed: int) -> LoRA:
     if len(shape_A) > 2 and config.init == "orthogonal":
         raise ConfigError(f"{target.path}: init 'orthogonal' is defined for matrices, not for convolutions")
     start = initializer(shape_A, shape_B, generator)
-    return _lora(config, start.A, start.B, target.alpha, target.r)
+    bias = initializers.bias(config.init, shape_B, generator) if config.lora_bias else None
+    return _lora(config, start.A, start.B, target.alpha, target.r, bias)
 
 
-def _lora(config: LoRAConfig, A: torch.Tensor, B: torch.Tensor, alpha: float, r: int) -> LoRA:
-    return LoRA(A, B, alpha=alpha, s=lowrank.scale(alpha, r, config.scaling), dropout=config.dropout, r=r)
+def _lora(
+    config: LoRAConfig, A: torch.Tensor, B: torch.Tensor, alpha: float, r: int, bias: torch.Tensor | None = None
+) -> LoRA:
+    s = lowrank.scale(alpha, r, config.scaling)
+    return LoRA(A, B, alpha=alpha, s=s, dropout=config.dropout, r=r, bias=bias)
 
 
 def loaded_updates(adapter: Adapter, targets: Targets) -> Iterator[tuple[str, LayerUpdate]]:
     """Updates from a value that was checked against the targets; copies, so that the value stays one."""
-    loras = {
-        path: _lora(adapter.config, f.A.detach().clone(), f.B.detach().clone(), f.alpha, f.r)
-        for path, f in adapter.factors.items()
-    }
+    loras = {}
+    for path, f in adapter.factors.items():
+        own = {name: tensor.detach().clone() for name, tensor in f.tensors().items()}
+        loras[path] = _lora(adapter.config, own["A"], own["B"], f.alpha, f.r, own.get("B.bias"))
     tokens = None
     if targets.tokens:
         rows = adapter.tokens[targets.tokens[0]].detach().float().clone()

@@ -20,11 +20,13 @@ if TYPE_CHECKING:
     from lorakit.adapter.spectrum import Spectrum
 
 Kind = Literal["matrix", "embedding", "convolution", "attention", "experts"]
+TAKES_BIAS = ("matrix", "convolution")
+"""Kinds of layers whose B may have a bias (`LoRAConfig.lora_bias`)."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Factors:
-    """The low-rank update of one layer: s B A.
+    """The low-rank update of one layer: s B A, and where B has a bias, s times that for the layer's output.
 
     Attributes:
         A: (r, in); (r, in / groups, *kernel) for a convolution; (experts, r, in) for stacked experts.
@@ -32,12 +34,15 @@ class Factors:
         alpha: numerator of the scale.
         kind: how the layer multiplies: by a matrix, by looking rows up, by convolving, by one of the two matrices of a
         MultiheadAttention, or by one matrix of a stack for each token.
+        bias: (out,), B's: the update of an output is s (B A x + bias). All layers of an adapter have one, or none has
+        (`LoRAConfig.lora_bias`).
     """
 
     A: torch.Tensor
     B: torch.Tensor
     alpha: float
     kind: Kind = "matrix"
+    bias: torch.Tensor | None = None
 
     @property
     def r(self) -> int:
@@ -57,6 +62,24 @@ class Factors:
         first = 1 if self.kind == "experts" else 0
         return self.B.shape[first], math.prod(self.A.shape[first + 1 :])
 
+    @property
+    def is_zero(self) -> bool:
+        """Whether it changes nothing."""
+        return not (self.A.any() and self.B.any()) and (self.bias is None or not self.bias.any())
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Its tensors by the names `Adapter.tensors` has after the path: A, B, B.bias."""
+        return {"A": self.A, "B": self.B} | ({} if self.bias is None else {"B.bias": self.bias})
+
+    def to(self, dtype: torch.dtype) -> Factors:
+        """The same in another dtype."""
+        bias = None if self.bias is None else self.bias.to(dtype)
+        return replace(self, A=self.A.to(dtype), B=self.B.to(dtype), bias=bias)
+
+    def times(self, factor: float) -> Factors:
+        """The same update times `factor`, carried by B and its bias."""
+        return replace(self, B=self.B * factor, bias=None if self.bias is None else self.bias * factor)
+
     def blocks(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The factors as stacks of matrices (`lowrank.blocks`), one a group or expert: A (n, r, columns), B (n, out, r)
         with the `r` that each has.
@@ -65,7 +88,8 @@ class Factors:
 
     def delta(self, scaling: str) -> torch.Tensor:
         """s B A in fp32: (out, in); (vocabulary, dim) for an embedding; (out, in / groups, *kernel) for a convolution;
-        (experts, out, in) for stacked experts, however the model lays them (gpt-oss has (experts, in, out)).
+        (experts, out, in) for stacked experts, however the model lays them (gpt-oss has (experts, in, out)). The bias
+        is no part of it.
         """
         s = lowrank.scale(self.alpha, self.r, scaling)
         if self.kind == "convolution":
@@ -164,7 +188,8 @@ class Adapter:
         return lowrank.scale(f.alpha, f.r, self.config.scaling)
 
     def delta(self, path: str) -> torch.Tensor:
-        """The dense fp32 update of the layer at module path `path`, scale included (shapes: `Factors.delta`).
+        """The dense fp32 update of the weight of the layer at module path `path`, scale included (shapes:
+        `Factors.delta`); where B has a bias, the layer's output changes by `scale(path) * factors[path].bias` besides.
 
         Raises:
             AdapterError: no such layer in this adapter.
@@ -185,8 +210,10 @@ class Adapter:
         return sum(t.numel() * t.element_size() for t in self.tensors().values())
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Every tensor by a plain name: "<path>.A", ".B", ".bias", ".tokens", or the parameter's own name."""
-        named = {f"{path}.{letter}": t for path, f in self.factors.items() for letter, t in (("A", f.A), ("B", f.B))}
+        """Every tensor by a plain name: "<path>.A", ".B", ".B.bias", ".bias" (the layer's own), ".tokens", or the
+        parameter's own name.
+        """
+        named = {f"{path}.{name}": t for path, f in self.factors.items() for name, t in f.tensors().items()}
         named |= {f"{path}.bias": bias for path, bias in self.biases.items()}
         named |= {f"{path}.tokens": rows for path, rows in self.tokens.items()}
         return named | dict(self.replaced)
@@ -216,7 +243,7 @@ class Adapter:
                 "cannot scale an adapter with trained biases, token rows or modules_to_save: they are whole tensors, "
                 "not updates; activate it with a weight instead: handle.activate({name: weight})"
             )
-        return replace(self, factors={path: replace(f, B=f.B * factor) for path, f in self.factors.items()})
+        return replace(self, factors={path: f.times(factor) for path, f in self.factors.items()})
 
     def folded(self, *, uniform_rank: bool = False) -> Adapter:
         """The same updates with every scale 1 (alpha = r, carried by B, in fp32): what formats need that know one
@@ -230,8 +257,9 @@ class Adapter:
         """
         largest = max((f.r for f in self.factors.values()), default=self.config.r)
         factors = {}
-        for path, f in self.factors.items():
-            A, B = f.A.float(), f.B.float() * self.scale(path)
+        for path, own in self.factors.items():
+            f = own.to(torch.float32).times(self.scale(path))
+            A, B = f.A, f.B
             rows = 1 if f.kind == "experts" else 0  # the dimension of A along which its rows run
             if uniform_rank and f.r < largest:
                 if f.B.shape[rows + 1] != f.r:
@@ -285,6 +313,7 @@ class Adapter:
             rank_B = f.B.shape[2 if f.kind == "experts" else 1] if f.B.ndim > 1 else 0
             if f.A.ndim < 2 or rank_B == 0 or f.r % rank_B or (f.kind != "convolution" and rank_B != f.r):
                 problems.append(f"{path}: A {tuple(f.A.shape)} and B {tuple(f.B.shape)} do not belong together")
+        problems += self._bias_problems()
         for name, tensor in self.tensors().items():
             if not tensor.is_floating_point():
                 if name in self.replaced:  # a buffer, e.g. a batch norm's count
@@ -300,10 +329,25 @@ class Adapter:
             if rows.ndim != 2 or len(rows) != len(self.config.trainable_tokens)
         ]
         zero = self.factors and not self.biases and not self.replaced and not self.tokens
-        if zero and not allow_zero and not any(f.A.any() and f.B.any() for f in self.factors.values()):
+        if zero and not allow_zero and all(f.is_zero for f in self.factors.values()):
             problems.append("its update is zero in every layer: it was never trained, or its B was lost")
         if problems:
             raise AdapterError(f"not a sound adapter:\n{bullet_list(problems)}")
+
+    def _bias_problems(self) -> list[str]:
+        """Biases of B that are missing, that `config.lora_bias` says are not there, or that do not fit B."""
+        problems = []
+        for path, f in self.factors.items():
+            if f.bias is None:
+                problems += [f"{path}: B has no bias, which lora_bias says it has"] if self.config.lora_bias else []
+            elif not self.config.lora_bias:
+                problems.append(f"{path}: B has a bias, which lora_bias=False says it has not")
+            elif f.kind not in TAKES_BIAS:
+                problems.append(f"{path}: a bias of B is for matrices and convolutions, not for {f.kind}")
+            elif f.bias.shape != f.B.shape[:1]:
+                shapes = f"B {tuple(f.B.shape)} and its bias {tuple(f.bias.shape)}"
+                problems.append(f"{path}: {shapes} do not belong together")
+        return problems
 
     def summary(self) -> dict[str, Any]:
         """Layers, parameters, bytes, ranks: for printing and JSON."""

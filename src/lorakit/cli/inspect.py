@@ -39,7 +39,8 @@ def command(adapter: str, by: str, top: int, html: str | None, as_json: bool) ->
     ranks = ", ".join(map(str, told["ranks"])) or "none"
     console.print(f"adapter  {adapter}")
     console.print(f"base     {told['base'] or 'not named'}")
-    console.print(f"layers   {told['layers']:,}, rank {ranks}, scaling {told['scaling']}")
+    more = ", with biases of B (lora_bias)" if told["lora_bias"] else ""
+    console.print(f"layers   {told['layers']:,}, rank {ranks}, scaling {told['scaling']}{more}")
     if value.tokens:
         console.print(f"tokens   {len(value.config.trainable_tokens):,} rows of {', '.join(value.tokens)}")
     if value.biases or value.replaced:

@@ -17,7 +17,7 @@ from lorakit.core.sites import LinearSite, Site, TransposedLinearSite
 
 
 class LoRA(nn.Module):
-    """The update s B A of one layer (arXiv 2106.09685).
+    """The update s B A of one layer (arXiv 2106.09685), or s (B A x + bias) where B has a bias (PEFT's `lora_bias`).
 
     Attributes:
         A: (r, in, *kernel) parameter, fp32 whatever the base's dtype; (experts, r, in) for stacked experts.
@@ -26,14 +26,24 @@ class LoRA(nn.Module):
         s: scale, alpha / r or alpha / sqrt(r).
         dropout: probability for elements of the input of A, while training.
         r: rank.
+        bias: (out,) parameter, fp32: B's; None for most adapters, and for embeddings, attentions and experts.
     """
 
     def __init__(
-        self, A: torch.Tensor, B: torch.Tensor, *, alpha: float, s: float, dropout: float = 0.0, r: int | None = None
+        self,
+        A: torch.Tensor,
+        B: torch.Tensor,
+        *,
+        alpha: float,
+        s: float,
+        dropout: float = 0.0,
+        r: int | None = None,
+        bias: torch.Tensor | None = None,
     ) -> None:
         super().__init__()
         self.A = nn.Parameter(A)
         self.B = nn.Parameter(B)
+        self.bias = None if bias is None else nn.Parameter(bias)
         self.alpha = alpha
         self.s = s
         self.dropout = dropout
@@ -52,7 +62,8 @@ class LoRA(nn.Module):
         """
         if self.dropout and self.training and x.is_floating_point():  # an embedding's input are indices
             x = F.dropout(x, self.dropout)
-        return site.up(layer, site.down(layer, x, self.A.to(dtype)), self.B[out].to(dtype)) * self.s
+        bias = None if self.bias is None else self.bias[out].to(dtype)
+        return site.up(layer, site.down(layer, x, self.A.to(dtype)), self.B[out].to(dtype), bias) * self.s
 
     def for_expert(self, x: torch.Tensor, A: torch.Tensor, B: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """The update of one expert's output for the tokens `x` (n, in) sent to it; A (r, in) and B (out, r) are its."""
@@ -76,7 +87,8 @@ class LoRA(nn.Module):
         not apply.
         """
         if (
-            not isinstance(site, LinearSite)
+            self.bias is not None  # trained, where the kernel's bias is frozen
+            or not isinstance(site, LinearSite)
             or isinstance(site, TransposedLinearSite)
             or not self.can_fuse(x, layer.weight)
         ):
@@ -89,7 +101,8 @@ class LoRA(nn.Module):
 
     def extra_repr(self) -> str:
         """Rank and scale, for print(model)."""
-        return f"r={self.r}, s={self.s:g}" + (f", dropout={self.dropout:g}" if self.dropout else "")
+        more = (f", dropout={self.dropout:g}" if self.dropout else "") + (", bias" if self.bias is not None else "")
+        return f"r={self.r}, s={self.s:g}{more}"
 
 
 class TokenRows(nn.Module):
@@ -158,6 +171,11 @@ class LayerUpdate(nn.Module):
         """The low-rank update if that is all."""
         return self.lora if self.bias is None and self.tokens is None else None
 
+    @property
+    def changes_bias(self) -> bool:
+        """Whether, folded in, it changes the layer's bias: by another one, or by that of B."""
+        return self.bias is not None or (self.lora is not None and self.lora.bias is not None)
+
 
 class StackedUpdate(nn.Module):
     """Everything one adapter changes in one module whose weights are named as parameters: `updates`, by their names."""
@@ -208,12 +226,15 @@ def call_replaced(
 
 
 def trainable(update: LayerUpdate | Replacement) -> Iterator[tuple[str, nn.Parameter]]:
-    """The trainable tensors by the names that optimisers use: A, B, bias, tokens; or the copy's own names."""
+    """The trainable tensors by the names that optimisers use: A, B, B.bias, bias (the layer's own), tokens; or the
+    copy's own names.
+    """
     if isinstance(update, Replacement):
         yield from update.copy.named_parameters()
         return
     if update.lora is not None:
-        yield from update.lora.named_parameters()
+        for name, parameter in update.lora.named_parameters():
+            yield ("B.bias" if name == "bias" else name), parameter
     if update.bias is not None:
         yield "bias", update.bias
     if update.tokens is not None and not update.lent:

@@ -59,6 +59,13 @@ def random(shape_A: tuple[int, ...], shape_B: tuple[int, ...], generator: torch.
     return Init(A, default(shape_B, shape_A, generator).A)
 
 
+def bias(init: str, shape_B: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
+    """A bias of B, (out,): zero, but for init `random`, where it is uniform in +-1/sqrt(fan_in) as B is."""
+    start = torch.zeros(shape_B[0])
+    bound = 1 / math.sqrt(math.prod(shape_B[1:]))
+    return start.uniform_(-bound, bound, generator=generator) if init == "random" else start
+
+
 def random_lookup(shape_A: tuple[int, ...], shape_B: tuple[int, ...], generator: torch.Generator) -> Init:
     """A and B both normal(0, 1): `random` for embeddings (as PEFT)."""
     return Init(torch.empty(shape_A).normal_(generator=generator), torch.empty(shape_B).normal_(generator=generator))

@@ -76,7 +76,9 @@ class AdaptedLayer(AdaptedModule):
     lorakit_shared: SharedInput | None = None
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """The base's output plus, for each active adapter with weight w: w s B A x + w (bias - base bias)."""
+        """The base's output plus, for each active adapter with weight w: w s (B A x + c), c the bias of B if it
+        has one, and w (bias - base bias).
+        """
         selection = self.lorakit_state.current()
         if isinstance(selection, Route):
             return self._routed(selection, x, *args, **kwargs)

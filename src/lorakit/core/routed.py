@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from lorakit.core.active import Route, Rows
-from lorakit.core.deltas import LayerUpdate
+from lorakit.core.deltas import LayerUpdate, LoRA
 from lorakit.core.sites import LinearSite, Site
 
 _FEW_TOKENS = 4  # a row; above, an adapter's own rows are enough work for a call of their own
@@ -34,11 +34,12 @@ def stackable(site: Site | None, routed: Sequence[tuple[LayerUpdate, Rows]], rou
         and not torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
         and x.shape[:-1].numel() <= _FEW_TOKENS * len(route.slots)
-        and all(
-            u.low_rank_alone is not None and not (u.low_rank_alone.dropout and u.low_rank_alone.training)
-            for u, _ in routed
-        )
+        and all(_is_plain(update.low_rank_alone) for update, _ in routed)
     )
+
+
+def _is_plain(lora: LoRA | None) -> bool:
+    return lora is not None and lora.bias is None and not (lora.dropout and lora.training)
 
 
 def add_stacked(

@@ -44,8 +44,8 @@ class Site:
         """The input through A: what the layer would do with A for its weight and no bias."""
         raise NotImplementedError
 
-    def up(self, layer: Any, h: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
-        """The result of `down` through B."""
+    def up(self, layer: Any, h: torch.Tensor, B: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """The result of `down` through B, plus `bias` (out,)."""
         raise NotImplementedError
 
     def dense(self, A: torch.Tensor, B: torch.Tensor, s: float) -> torch.Tensor:
@@ -65,9 +65,9 @@ class LinearSite(Site):
         """(..., in) -> (..., r)."""
         return F.linear(x, A)
 
-    def up(self, layer: Any, h: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
+    def up(self, layer: Any, h: torch.Tensor, B: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """(..., r) -> (..., out)."""
-        return F.linear(h, B)
+        return F.linear(h, B, bias)
 
     def dense(self, A: torch.Tensor, B: torch.Tensor, s: float) -> torch.Tensor:
         """(out, in)."""
@@ -147,9 +147,9 @@ class EmbeddingSite(Site):
         """Indices (...) -> (..., r). The padding index gets no gradient, as in the layer itself."""
         return F.embedding(x, A.T, padding_idx=layer.padding_idx)
 
-    def up(self, layer: Any, h: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
+    def up(self, layer: Any, h: torch.Tensor, B: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """(..., r) -> (..., dim), times the factor by which some models (Gemma) scale their embeddings."""
-        update = F.linear(h, B)
+        update = F.linear(h, B, bias)
         return update * layer.embed_scale.to(update) if hasattr(layer, "embed_scale") else update
 
     def dense(self, A: torch.Tensor, B: torch.Tensor, s: float) -> torch.Tensor:
@@ -186,9 +186,9 @@ class ConvolutionSite(Site):
         y: torch.Tensor = _CONVOLUTIONS[A.ndim - 2](x, A, None, layer.stride, padding, layer.dilation, groups)
         return y
 
-    def up(self, layer: Any, h: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
+    def up(self, layer: Any, h: torch.Tensor, B: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """(N, r, *size') -> (N, out, *size')."""
-        y: torch.Tensor = _CONVOLUTIONS[B.ndim - 2](h, B, groups=layer.groups)
+        y: torch.Tensor = _CONVOLUTIONS[B.ndim - 2](h, B, bias, groups=layer.groups)
         return y
 
     def dense(self, A: torch.Tensor, B: torch.Tensor, s: float) -> torch.Tensor:

@@ -166,6 +166,17 @@ def whole_tensors(adapter: Adapter, consumer: str) -> list[str]:
             for name in adapter.replaced
         ),
         *(f"{path}: rows of tokens trained whole, which {consumer} does not read; merge" for path in adapter.tokens),
+        *biases_of_updates(adapter, consumer),
+    ]
+
+
+def biases_of_updates(adapter: Adapter, consumer: str) -> list[str]:
+    """The obstacles of a format whose updates are s B A and nothing else."""
+    return [
+        f"{path}: B has a bias (lora_bias), which {consumer} does not read; train without, or merge into a base with "
+        "biases"
+        for path, f in adapter.factors.items()
+        if f.bias is not None
     ]
 
 

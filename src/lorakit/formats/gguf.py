@@ -36,7 +36,7 @@ def recognises(path: Path) -> bool:
 
 
 def obstacles(adapter: Adapter, context: Context) -> list[str]:
-    """Trained biases and modules, layers that llama.cpp has not or in another form, and an unknown base."""
+    """Biases and modules, layers that llama.cpp has not or in another form, and an unknown base."""
     problems = whole_tensors(adapter, "llama.cpp") + plain_layers(adapter, "llama.cpp")
     try:
         names = names_of(context.base)

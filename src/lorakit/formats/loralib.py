@@ -21,7 +21,15 @@ from lorakit import files
 from lorakit.adapter.value import Adapter, Factors
 from lorakit.errors import AdapterFileError, FileError, bullet_list, nearest
 from lorakit.formats import loralib_convolution
-from lorakit.formats.codec import BaseFacts, Context, config_of, our_metadata, plain_layers, read_our_metadata
+from lorakit.formats.codec import (
+    BaseFacts,
+    Context,
+    biases_of_updates,
+    config_of,
+    our_metadata,
+    plain_layers,
+    read_our_metadata,
+)
 
 FILE = "lora.safetensors"
 _TORCH = (".pt", ".pth", ".bin")
@@ -46,12 +54,12 @@ def recognises(path: Path) -> bool:
 
 
 def obstacles(adapter: Adapter, context: Context) -> list[str]:
-    """Modules trained whole, and convolutions of a shape that loralib has not."""
+    """Modules trained whole, biases of B, and convolutions of a shape that loralib has not."""
     problems = [
         f"{name}: trained whole (modules_to_save), which loralib's state dicts do not hold" for name in adapter.replaced
     ]
     problems += [f"{path}: rows of tokens trained whole, which loralib has not" for path in adapter.tokens]
-    problems += plain_layers(adapter, "loralib")
+    problems += biases_of_updates(adapter, "loralib") + plain_layers(adapter, "loralib")
     for path, f in adapter.factors.items():
         if f.kind == "convolution" and (why := loralib_convolution.obstacle(f)):
             problems.append(f"{path}: {why}")

@@ -1,9 +1,9 @@
 """PEFT's adapter folder: `adapter_config.json` and `adapter_model.safetensors`.
 
-Tensor names are `base_model.model.<path>.` and then: `lora_A.weight`, `lora_B.weight`; `lora_embedding_A`,
-`lora_embedding_B`; `base_layer.bias` or `bias` for trained biases; the module's own names for `modules_to_save`. Those
-of attentions and experts: `peft_nested`. What this version does not know is refused by name: a setting that is ignored
-may be the one that scales the update.
+Tensor names are `base_model.model.<path>.` and then: `lora_A.weight`, `lora_B.weight` and, with `lora_bias`,
+`lora_B.bias`; `lora_embedding_A`, `lora_embedding_B`; `base_layer.bias` or `bias` for trained biases; the module's own
+names for `modules_to_save`. Those of attentions and experts: `peft_nested`. What this version does not know is refused
+by name: a setting that is ignored may be the one that scales the update.
 """
 
 from __future__ import annotations
@@ -36,7 +36,9 @@ TENSOR_FILE = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _BESIDE = "lorakit_peft"
 _TOKENS = ".token_adapter.trainable_tokens_delta"  # the new rows, whatever the name says
-_LORA_KEY = re.compile(r"(?P<path>.+)\.(?:(?P<matrix>lora_[AB])\.weight|lora_embedding_(?P<embedding>[AB]))")
+_LORA_KEY = re.compile(
+    r"(?P<path>.+)\.(?:lora_(?P<matrix>[AB])\.weight|lora_embedding_(?P<embedding>[AB])|lora_(?P<bias>B\.bias))"
+)
 
 # adapter_config.json: what says nothing about the function of the adapter ...
 _NEUTRAL = {
@@ -56,7 +58,7 @@ _NEUTRAL = {
 _READ = {
     *("r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "rank_pattern", "alpha_pattern", "bias"),
     *("modules_to_save", "layers_to_transform", "use_rslora", "init_lora_weights", "target_parameters"),
-    "trainable_token_indices",
+    *("trainable_token_indices", "lora_bias"),
 }
 _OFF: tuple[Any, ...] = (None, False, {}, [], "")
 # initialisations that left the base as it was, so that the adapter means the same on it
@@ -119,6 +121,7 @@ def _named_tensors(adapter: Adapter) -> dict[str, torch.Tensor]:
         else:
             A, B = peft_nested.flat(f) if f.kind == "experts" else (_ungrouped(f), peft_nested.halved(path, f))
             tensors |= {f"{names[path]}.lora_A.weight": A, f"{names[path]}.lora_B.weight": B}
+            tensors |= {} if f.bias is None else {f"{names[path]}.lora_B.bias": f.bias}
     for path, bias in adapter.biases.items():
         tensors[peft_nested.bias_name(path, adapter.factors)] = bias
     tensors |= {path + _TOKENS: rows for path, rows in adapter.tokens.items()}
@@ -152,6 +155,7 @@ def _config_for_peft(adapter: Adapter) -> dict[str, Any]:
         "init_lora_weights": _INIT_FOR_PEFT[config.init],
         "lora_alpha": int(config.alpha) if config.alpha == int(config.alpha) else config.alpha,
         "lora_dropout": config.dropout,
+        **({"lora_bias": True} if config.lora_bias else {}),  # older PEFTs do not know the key
         "modules_to_save": list(config.modules_to_save) or None,
         "peft_type": "LORA",
         "r": config.r,
@@ -305,6 +309,7 @@ def read_config(values: Any, where: Path | str) -> LoRAConfig:
                 scaling="rslora" if values.get("use_rslora") else "lora",
                 init=_INIT_ON_PRISTINE_BASE[init],  # type: ignore[arg-type]
                 bias=values.get("bias", "none"),
+                lora_bias=values.get("lora_bias") or False,
                 modules_to_save=tuple(values.get("modules_to_save") or ()),
                 target_parameters=values.get("target_parameters") or (),
                 trainable_tokens=tuple(tokens),
@@ -354,7 +359,8 @@ def _sort_tensors(
         if name == key:
             problems.append(f"{key}: does not begin with {_PREFIX!r}")
         elif match := _LORA_KEY.fullmatch(name):
-            pairs.setdefault(match["path"], {})[(match["matrix"] or match["embedding"])[-1]] = tensors[key]
+            letter = match["matrix"] or match["embedding"] or match["bias"]
+            pairs.setdefault(match["path"], {})[letter] = tensors[key]
             if match["embedding"]:
                 embeddings.add(match["path"])
         elif saved.fullmatch(name):
@@ -369,12 +375,15 @@ def _sort_tensors(
     places = peft_nested.paths(rows, config, parameters, attentions, problems)
     factors = {}
     for name, pair in pairs.items():
-        if len(pair) == 1:
-            problems.append(f"{name}: lora_{'B' if 'A' in pair else 'A'} is missing")
-        elif name in places:
+        missing = [letter for letter in ("A", "B", "B.bias")[: 3 if config.lora_bias else 2] if letter not in pair]
+        problems += [f"{name}: lora_{letter} is missing" for letter in missing]
+        if "B.bias" in pair and not config.lora_bias:
+            problems.append(f"{name}: lora_B.bias is unexpected; the config's lora_bias is off")
+        elif not missing and name in places:
             path, kind = places[name]
             kind = "embedding" if name in embeddings else "convolution" if pair["A"].ndim > 2 else kind
-            factors[path] = _factors(pair["A"], pair["B"], path, kind, config, problems)
+            f = _factors(pair["A"], pair["B"], path, kind, config, problems)
+            factors[path] = replace(f, bias=pair.get("B.bias"))
     if problems:
         raise AdapterFileError(f"{where}: nothing loaded:\n{bullet_list(problems)}")
     return Adapter(config=config, factors=factors, biases=biases, replaced=replaced, tokens=tokens)

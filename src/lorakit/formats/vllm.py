@@ -28,7 +28,7 @@ def recognises(path: Path) -> bool:
 
 
 def obstacles(adapter: Adapter, context: Context) -> list[str]:
-    """Trained biases and modules, layers that are neither linear nor the token embedding, and large ranks."""
+    """Biases and modules, layers that are neither linear nor the token embedding, and large ranks."""
     problems = whole_tensors(adapter, "vLLM") + plain_layers(adapter, "vLLM")
     for path, f in adapter.factors.items():
         if f.kind == "convolution":

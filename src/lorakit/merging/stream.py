@@ -213,6 +213,7 @@ class Stream:
             FileError: a file could not be read or written.
         """
         modules, selection = self.handle.adapted_modules(), self.handle.active_selection()
+        folding.require_biases(modules, selection)
         if any(folding.trained_buffers(modules, selection)):
             raise NotStreamableError("the adapter holds whole modules with statistics of their own (batch norms)")
         owners = {

@@ -14,7 +14,14 @@ from lorakit.compat.peft.auto import (
     AutoPeftModelForTokenClassification,
 )
 from lorakit.compat.peft.config import LoraConfig, PeftConfig, PeftType, TaskType
-from lorakit.compat.peft.errors import MismatchError, NoMatchingPeftModuleError, PeftValueError, UnsupportedError
+from lorakit.compat.peft.errors import (
+    MismatchError,
+    NoBiasError,
+    NoMatchingPeftModuleError,
+    PeftValueError,
+    PeftWarning,
+    UnsupportedError,
+)
 from lorakit.compat.peft.files import load_peft_weights
 from lorakit.compat.peft.functions import (
     get_base_model_state_dict,
@@ -48,6 +55,7 @@ __all__ = [
     "LoraConfig",
     "LoraModel",
     "MismatchError",
+    "NoBiasError",
     "NoMatchingPeftModuleError",
     "PeftConfig",
     "PeftModel",
@@ -59,6 +67,7 @@ __all__ = [
     "PeftModelForTokenClassification",
     "PeftType",
     "PeftValueError",
+    "PeftWarning",
     "TaskType",
     "TunerLayerStatus",
     "TunerModelStatus",

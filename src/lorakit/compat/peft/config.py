@@ -175,7 +175,7 @@ class LoraConfig(PeftConfig):
 
     unsupported: ClassVar[tuple[str, ...]] = (
         *("megatron_config", "loftq_config", "eva_config", "corda_config", "lora_ga_config"),
-        *("use_dora", "alora_invocation_tokens", "use_qalora", "layer_replication", "lora_bias"),
+        *("use_dora", "alora_invocation_tokens", "use_qalora", "layer_replication"),
         *("use_bdlora", "arrow_config", "velora_config", "monteclora_config", "kasa_config"),
     )
 
@@ -194,6 +194,13 @@ class LoraConfig(PeftConfig):
                     raise ConfigError(f"`{name}` cannot be used when `target_modules` is a str.")
         if self.layers_pattern and self.layers_to_transform is None:
             raise ConfigError("When `layers_pattern` is specified, `layers_to_transform` must also be specified. ")
+        if self.lora_bias and not isinstance(self.init_lora_weights, bool):
+            raise ConfigError(
+                "The argument lora_bias=True is only supported with init_lora_weights=True or False, got "
+                f"init_lora_weights={self.init_lora_weights} instead."
+            )
+        if self.lora_bias and self.use_dora:
+            raise ConfigError("The argument lora_bias=True is not supported for DoRA, please pass use_dora=False")
         self.rank_pattern, self.alpha_pattern = self.rank_pattern or {}, self.alpha_pattern or {}
 
     def to_dict(self) -> dict[str, Any]:
@@ -243,6 +250,7 @@ class LoraConfig(PeftConfig):
             scaling="rslora" if self.use_rslora else "lora",
             init="random" if init is False else "default" if init is True else init,  # type: ignore[arg-type]
             bias=self._bias(model),  # type: ignore[arg-type]
+            lora_bias=self.lora_bias,
             modules_to_save=tuple(self.modules_to_save or ()),
             target_parameters=tuple(self.target_parameters or ()),
             trainable_tokens=trainable_tokens(
@@ -329,6 +337,7 @@ class LoraConfig(PeftConfig):
             layers_to_transform=list(config.layers) if config.layers else None,
             use_rslora=config.scaling == "rslora",
             bias=config.bias,
+            lora_bias=config.lora_bias,
             modules_to_save=list(config.modules_to_save) or None,
             target_parameters=list(config.target_parameters) or None,
             trainable_token_indices=list(config.trainable_tokens) or None,

@@ -18,7 +18,7 @@ from lorakit.core.deltas import LoRA
 
 @torch.no_grad()
 def draw(lora: LoRA, init: bool | str, *, lookup: bool) -> None:
-    """Fill A and B of one layer.
+    """Fill A and B of one layer, and B's bias if it has one.
 
     Args:
         lora: of a matrix, a convolution, a lookup or a parameter.
@@ -36,6 +36,9 @@ def draw(lora: LoRA, init: bool | str, *, lookup: bool) -> None:
         A, B = _as_a_layer(shape_A), _as_a_layer(shape_B)
         if init == "orthogonal" and isinstance(lora, StackedLoRA) and lora.experts > 1:
             raise PeftValueError('init_lora_weights="orthogonal" is not defined for stacks of matrices')
+        if lora.bias is not None:
+            bound = 1 / math.sqrt(math.prod(shape_B[1:]))
+            lora.bias.copy_(torch.empty(shape_B[0]).uniform_(-bound, bound))
         if init == "orthogonal":
             basis, _ = torch.linalg.qr(torch.randn(r, r))
             A = (torch.randn(shape_A[1], r // 2) @ basis[0::2]).T / 10
@@ -43,6 +46,8 @@ def draw(lora: LoRA, init: bool | str, *, lookup: bool) -> None:
         elif init is not False:
             A = nn.init.normal_(A, std=1 / r) if init == "gaussian" else _as_a_layer(shape_A)
             B.zero_()
+            if lora.bias is not None:
+                lora.bias.zero_()
     own_A.copy_(A)
     own_B.copy_(B)
 

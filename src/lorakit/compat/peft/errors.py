@@ -19,3 +19,11 @@ class MismatchError(AdapterMismatchError, RuntimeError):
 
 class NoMatchingPeftModuleError(TargetError):
     """A config that means no module of the model, or something else that is not there."""
+
+
+class NoBiasError(AdapterError, RuntimeError):
+    """A bias of B that cannot be merged into a layer without one; PEFT raises RuntimeError there."""
+
+
+class PeftWarning(UserWarning):
+    """What PEFT warns of, where the facade does too."""

@@ -13,10 +13,10 @@ from torch import nn
 
 from lorakit.adapter.attach import AttachedAdapters
 from lorakit.adapter.config import LoRAConfig
-from lorakit.adapter.folding import Exchange
+from lorakit.adapter.folding import Exchange, require_biases
 from lorakit.adapter.resident import Resident, Update
 from lorakit.adapter.value import Adapter
-from lorakit.compat.peft.errors import PeftValueError
+from lorakit.compat.peft.errors import NoBiasError, PeftValueError
 from lorakit.compat.peft.layers import BaseTunerLayer, PeftState
 from lorakit.compat.peft.lora_layers import LoraAdapted, LoraAttention, ModulesToSaveWrapper
 from lorakit.compat.peft.parameters import LoraExperts
@@ -28,6 +28,7 @@ from lorakit.core.attention import AdaptedAttention
 from lorakit.core.deltas import LayerUpdate, StackedUpdate
 from lorakit.core.experts import AdaptedExperts
 from lorakit.core.layer import AdaptedLayer, AdaptedModule, ReplacedModule
+from lorakit.errors import AdapterError
 
 
 class PeftAdapters(AttachedAdapters):
@@ -185,6 +186,19 @@ class PeftAdapters(AttachedAdapters):
                 f"adapters were set or switched for some layers alone ({', '.join(paths[:3])}); call set_adapter and "
                 "enable_adapter_layers on the model first"
             )
+
+    def refuse_missing_biases(self, names: Sequence[str]) -> None:
+        """A bias of B can be merged into a bias only.
+
+        Raises:
+            NoBiasError: a layer has none; with every such layer.
+        """
+        try:
+            require_biases(self.adapted_modules(), self.selection(names))
+        except AdapterError as error:
+            raise NoBiasError(
+                f"Impossible to merge LoRA with `lora_bias=True` because the base layer has no bias: {error}"
+            ) from error
 
     def switch(self, *, off: bool) -> None:
         """Switch all adapters off or on."""

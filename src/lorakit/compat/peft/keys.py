@@ -42,5 +42,5 @@ def key_map(model: nn.Module, adapter: str) -> Mapping[str, str]:
 
 
 def _factors(layer: LoraLayer, path: str, adapter: str) -> dict[str, str]:
-    keys = [layer._factor_key(letter, adapter) for letter in "AB"]
+    keys = [key for key, _ in layer._factor_keys(layer.loras()[adapter], adapter)]
     return {f"{path}.{key}": f"{path}.{key.replace(f'.{adapter}', '', 1)}" for key in keys}

@@ -72,17 +72,19 @@ class LoraLayer(BaseTunerLayer):
         for slot, update in self.lorakit_updates.items():
             lora = cast("LayerUpdate", update).lora
             if lora is not None and slot in names:
-                for letter in "AB":
-                    ours = f"lorakit_updates.{slot}.lora.{letter}" if lora.origin is lora else ""
-                    yield self._factor_key(letter, names[slot]), ours
+                for theirs, ours in self._factor_keys(lora, names[slot]):
+                    yield theirs, f"lorakit_updates.{slot}.lora.{ours}" if lora.origin is lora else ""
 
     def _is_lookup(self) -> bool:
         return self.lorakit_site is not None and self.lorakit_site.kind == "embedding"
 
-    def _factor_key(self, letter: str, name: str) -> str:
-        if self._is_lookup():
-            return f"lora_embedding_{letter}.{name}"
-        return f"lora_{letter}.{name}.weight"
+    def _factor_keys(self, lora: LoRA, name: str) -> Iterator[tuple[str, str]]:
+        """(PEFT's, our) name of each tensor of adapter `name`'s update here."""
+        for letter in "AB":
+            theirs = f"lora_embedding_{letter}.{name}" if self._is_lookup() else f"lora_{letter}.{name}.weight"
+            yield theirs, parameter_name(lora, letter)
+        if lora.bias is not None:
+            yield f"lora_B.{name}.bias", "bias"
 
     def _trained_bias(self) -> tuple[str, nn.Parameter] | None:
         """(slot, the bias an adapter trains here); PEFT allows one such adapter a model."""
@@ -113,6 +115,7 @@ class LoraLayer(BaseTunerLayer):
                 own = getattr(lora, parameter_name(lora, letter))
                 _refuse_sharded(view._parameters["weight"], own)
                 view._parameters["weight"] = own
+                view._parameters["bias"] = lora.bias if letter == "B" else None
             found[adapter] = view
         return self.view(name, found)
 
@@ -180,8 +183,8 @@ class LoraLayer(BaseTunerLayer):
 
     @property
     def lora_bias(self) -> views.PerAdapter:
-        """Adapter name -> False."""
-        return views.PerAdapter(self.loras, lambda *_: False)
+        """Adapter name -> whether B has a bias."""
+        return views.PerAdapter(self.loras, lambda _, lora: lora.bias is not None)
 
     @property
     def fan_in_fan_out(self) -> bool:

@@ -13,7 +13,6 @@ from torch import nn
 
 from lorakit.compat.peft.layers import BaseTunerLayer
 from lorakit.compat.peft.lora_layers import FACTORS, LoraLayer
-from lorakit.compat.peft.stacked import parameter_name
 from lorakit.core.deltas import LayerUpdate, LoRA, Replacement, StackedUpdate
 from lorakit.core.experts import AdaptedExperts, experts_site, weight_names
 from lorakit.core.layer import adapted_class
@@ -124,9 +123,8 @@ class LoraExperts(ParamWrapper, AdaptedExperts):
         for depth, wrapper in enumerate(self.wrappers()):
             for adapter, lora in wrapper.loras().items():
                 ours = f"lorakit_updates.{slots[adapter]}.updates.{wrapper.parameter_name}.lora"
-                for letter in "AB":
-                    theirs = "base_layer." * depth + self._factor_key(letter, adapter)
-                    yield theirs, f"{ours}.{parameter_name(lora, letter)}"
+                for theirs, name in self._factor_keys(lora, adapter):
+                    yield "base_layer." * depth + theirs, f"{ours}.{name}"
 
     def forget(self, adapter: str) -> None:
         """Take an adapter out of containers that somebody may hold."""

@@ -21,6 +21,7 @@ class StackedLoRA(LoRA):
         self.experts = len(lora.A)
         self.flat_A = nn.Parameter(lora.A.detach().flatten(0, 1))
         self.flat_B = nn.Parameter(lora.B.detach().permute(1, 2, 0).flatten(1))
+        self.bias = None
         self.alpha, self.s, self.dropout, self.r = lora.alpha, lora.s, lora.dropout, lora.r
 
     @property

@@ -16,9 +16,9 @@ from lorakit.adapter.value import Adapter
 from lorakit.compat.peft.combining import Request
 from lorakit.compat.peft.config import LoraConfig, PeftConfig
 from lorakit.compat.peft.draws import draw
-from lorakit.compat.peft.errors import NoMatchingPeftModuleError, PeftValueError, UnsupportedError
+from lorakit.compat.peft.errors import NoMatchingPeftModuleError, PeftValueError, PeftWarning, UnsupportedError
 from lorakit.compat.peft.handle import PeftAdapters
-from lorakit.compat.peft.lora_layers import LoraAttention, ModulesToSaveWrapper, NamedAsInPeft
+from lorakit.compat.peft.lora_layers import LoraAttention, LoraLayer, ModulesToSaveWrapper, NamedAsInPeft
 from lorakit.compat.peft.parameters import LoraExperts
 from lorakit.compat.peft.stacked import StackedLoRA
 from lorakit.compat.peft.tying import tied_group
@@ -179,6 +179,18 @@ class LoraModel(NamedAsInPeft):
                 module = module_at(path, self.handle._residents[name].modules)
                 dtype = next(iter(base_parameters(module).values())).dtype
                 update.to(dtype)
+        for kind in self._without_bias(name) if config.lora_bias else ():
+            warnings.warn(
+                f"`lora_bias=True` was passed but the targeted layer of type {kind} has no bias. This means that "
+                "merging LoRA weights won't be possible.",
+                PeftWarning,
+                stacklevel=3,
+            )
+
+    def _without_bias(self, name: str) -> list[str]:
+        """Kinds of layers that an adapter updates and that have no bias."""
+        layers = [m for m in self.handle._residents[name].modules.values() if isinstance(m, LoraLayer)]
+        return sorted({type(m).__bases__[1].__name__ for m in layers if m._parameters.get("bias") is None})
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Take an adapter out. If it was the only active one, the oldest that is left is active next."""
@@ -274,6 +286,7 @@ class LoraModel(NamedAsInPeft):
             warnings.warn("All adapters are already merged, nothing to do.", stacklevel=2)
             return
         self.handle.refuse_same_copies([*merged, *fresh])
+        self.handle.refuse_missing_biases(fresh)
         with self._telling_which([*merged, *fresh]):
             try:
                 self.handle.fold([*merged, *fresh])
@@ -308,6 +321,7 @@ class LoraModel(NamedAsInPeft):
         if not names:
             return self.unload()
         self.handle.refuse_same_copies(names)
+        self.handle.refuse_missing_biases(names)
         state, before = self.handle.state, self.handle.state.everywhere
         tied = getattr(getattr(self.model, "config", None), "tie_word_embeddings", False)
         self.handle.unfold()

@@ -99,6 +99,7 @@ class TiedLoRA(LoRA):
         nn.Module.__init__(self)
         self._source = (source,)  # in a tuple, so that it is no submodule
         self.transposed = transposed
+        self.bias = None  # embeddings have none
         self.r = source.r
 
     @property

@@ -65,9 +65,9 @@ class _Factor:
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         super().register_parameter(name, param)  # type: ignore[misc]
-        if name == "weight" and "source" in self.__dict__:
+        if name in ("weight", "bias") and "source" in self.__dict__:
             lora, own_name = self.source
-            setattr(lora, own_name, param)
+            setattr(lora, own_name if name == "weight" else "bias", param)
 
 
 class LinearFactor(_Factor, nn.Linear):
@@ -131,20 +131,19 @@ def factor(lora: LoRA, letter: str, layer: Any) -> nn.Module:
         return TiedFactor(lora, letter)
     own_name = parameter_name(lora, letter)
     weight: nn.Parameter = getattr(lora, own_name)
-    width = weight.shape[1]
+    width, bias = weight.shape[1], lora.bias if letter == "B" else None
     made: nn.Module
     with torch.device("meta"):  # what the constructor draws is thrown away
         if weight.ndim == 2:
-            made = LinearFactor(width, weight.shape[0], bias=False)
+            made = LinearFactor(width, weight.shape[0], bias=bias is not None)
         else:
             geometry: dict[str, Any] = {"groups": layer.groups}
             if letter == "A":
                 geometry = {name: getattr(layer, name) for name in ("stride", "padding", "dilation", "padding_mode")}
                 geometry["groups"] = layer.in_channels // width
-            made = _CONVOLUTIONS[weight.ndim](
-                width * geometry["groups"], weight.shape[0], weight.shape[2:], bias=False, **geometry
-            )
-    made._parameters["weight"] = weight
+            geometry["bias"] = bias is not None
+            made = _CONVOLUTIONS[weight.ndim](width * geometry["groups"], weight.shape[0], weight.shape[2:], **geometry)
+    made._parameters.update(weight=weight, bias=bias)
     made.source = (lora, own_name)  # type: ignore[assignment]
     return made
 

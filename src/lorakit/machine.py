@@ -88,6 +88,24 @@ def _matmul_speedup(dtype: torch.dtype) -> float:
     return best[torch.float32] / best[dtype]
 
 
+def resident_memory() -> int:
+    """Bytes of memory this process holds now; 0 where the system does not say."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError, IndexError):
+        return 0
+
+
+def memory_for(device: torch.device | str) -> int | None:
+    """Bytes a run on this device can have, what this process holds already included; None where nobody says."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return int(free)
+    available = available_memory() if device.type == "cpu" else None
+    return None if available is None else available + resident_memory()
+
+
 def available_memory() -> int | None:
     """Bytes that can be had without swapping, as the system estimates them; None where it does not say."""
     try:

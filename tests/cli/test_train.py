@@ -37,7 +37,7 @@ def test_prints_few_lines_and_one_object(arguments, tmp_path):
     result = CliRunner().invoke(main, [*arguments, "--output", str(tmp_path / "run"), "--json"])
     assert result.exit_code == 0, result.stderr
     heads = [line.split()[0] for line in result.stderr.splitlines()]
-    assert heads == ["data", "mask", "tokens", "model", "step", "step", "step", "done", "next"]
+    assert heads == ["data", "mask", "tokens", "plan", "model", "step", "step", "step", "done", "next"]
     assert "46 rows, messages: 40 train, 6 valid" in result.stderr
     assert "fp32 on cpu; 14 layers adapted, r=4" in result.stderr
     assert "step 6/6" in result.stderr

@@ -10,7 +10,7 @@ from typing import Self
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-from lorakit.report import count, duration
+from lorakit.report import count, duration, size
 from lorakit.training.events import (
     Checkpointed,
     DataReady,
@@ -18,6 +18,7 @@ from lorakit.training.events import (
     Event,
     ModelReady,
     Phase,
+    Planned,
     Resumed,
     StepDone,
 )
@@ -65,6 +66,8 @@ class TrainingDisplay:
             case DataReady():
                 for line in event.lines:
                     self._console.print(line)
+            case Planned():
+                self._console.print(plan_line(event))
             case ModelReady():
                 self._console.print(model_line(event))
             case Resumed():
@@ -122,6 +125,14 @@ class TrainingDisplay:
         valid = "" if self._valid is None else f"  valid {self._valid:.3f}"
         where = f"step {last.step:,}/{last.total_steps:,}"
         return f"{where}  loss {loss:.3f}{valid}  {speed:,.0f} tok/s  {duration(left)} left"
+
+
+def plan_line(event: Planned) -> str:
+    """`plan   peak 2.4 of 23 GB`, and what was chosen so that it fits."""
+    if event.peak is None:
+        return f"plan   peak memory unknown: {event.note}"
+    of = "" if event.limit is None else f" of {size(event.limit)}"
+    return f"plan   peak {size(event.peak)}{of}" + (f"; {event.note}" if event.note else "")
 
 
 def model_line(event: ModelReady) -> str:

@@ -58,6 +58,19 @@ def packed_attention(model: torch.nn.Module, longest: int) -> Iterator[bool]:
         yield True
 
 
+@contextlib.contextmanager
+def unprobed_attention(model: torch.nn.Module) -> Iterator[None]:
+    """`packed_attention` for a model without numbers (on the meta device), which cannot be probed: taken to pack.
+
+    Raises:
+        NotImplementedError: its attention cannot be exchanged at all.
+    """
+    if not _attention_is_exchangeable(model):
+        raise NotImplementedError(f"{type(model).__name__} does not let its attention be exchanged")
+    with _exchanged_attention(model):
+        yield
+
+
 def packed_logits(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
     """Logits that predict the targets of a micro-batch: (L, V), in the model's dtype.
 

@@ -137,16 +137,24 @@ def _attend_long(
     dropout: float,
 ) -> torch.Tensor:
     """One row by torch's fused attention. q (T, H, D), k (T, H_kv, D), v (T, H_kv, D_v) -> (n, H, D_v)."""
-    out = F.scaled_dot_product_attention(
-        _take(q, row.own).transpose(0, 1)[None],
-        _take(k, row.places).transpose(0, 1)[None],
-        _take(v, row.places).transpose(0, 1)[None],
-        attn_mask=visible,
-        is_causal=visible is None,
-        scale=scale,
-        dropout_p=dropout,
-        enable_gqa=q.shape[1] != k.shape[1],
+    own_q, own_k, own_v = (
+        _take(x, places).transpose(0, 1)[None] for x, places in ((q, row.own), (k, row.places), (v, row.places))
     )
+    if q.is_meta:  # where torch would write the scores out, which it does on no device that has the fused call
+        out, _ = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            own_q, own_k, own_v, dropout, visible is None, attn_mask=visible, scale=scale
+        )
+    else:
+        out = F.scaled_dot_product_attention(
+            own_q,
+            own_k,
+            own_v,
+            attn_mask=visible,
+            is_causal=visible is None,
+            scale=scale,
+            dropout_p=dropout,
+            enable_gqa=q.shape[1] != k.shape[1],
+        )
     return out[0].transpose(0, 1)
 
 

@@ -32,7 +32,6 @@ _ADVICE = {
             "rows are always packed, without padding and without leaking into each other"
         ),
         "group_by_length": "rows are packed without padding, so it does not matter which go together",
-        "gradient_checkpointing": "lower micro_batch_tokens to save memory; it changes results by rounding only",
         "auto_find_batch_size": "micro_batch_tokens bounds the memory, whatever batch_size is",
         "per_device_eval_batch_size": "micro_batch_tokens bounds evaluation too; lorakit eval has batch_size",
         "load_best_model_at_end": "the best adapter is always kept, in best/",
@@ -51,6 +50,8 @@ _ADVICE = {
 }
 
 
+# as transformers and axolotl write it
+_SWITCH = pydantic.BeforeValidator(lambda value: {True: "on", False: "off"}.get(value, value))
 # as transformers writes "not set"
 _MINUS_ONE_IS_NONE = pydantic.BeforeValidator(lambda value: None if type(value) is int and value == -1 else value)
 
@@ -128,6 +129,10 @@ class TrainConfig(Config):
     only.
     """
 
+    gradient_checkpointing: Annotated[Literal["auto", "on", "off"], _SWITCH] = "auto"
+    """Keep only what enters each layer and compute the rest again in the backward pass: less memory for a third more
+    time. auto: where the run would not fit otherwise (see lorakit plan)."""
+
     max_length: int = 1024
     """Longest row in tokens; longer rows are cut so that labels remain, and counted."""
 
@@ -174,7 +179,7 @@ class TrainConfig(Config):
     """
 
     eval_steps: int | None = None
-    """Steps between evaluations; None: five times a run, less often (at least twice) where that would take more than a
+    """Steps between evaluations; None: four times a run, less often (at least twice) where that would take more than a
     tenth of its time."""
 
     save_steps: int | None = None

@@ -30,6 +30,18 @@ class ModelReady:
 
 
 @dataclass(frozen=True)
+class Planned:
+    """What the run will take, in bytes; settings that were left to lorakit are chosen by it."""
+
+    peak: int | None
+    """Most that it takes at once; None: cannot be told."""
+
+    limit: int | None
+    note: str
+    """What was chosen so that it fits, or why the peak cannot be told; empty where there is nothing to say."""
+
+
+@dataclass(frozen=True)
 class Resumed:
     """The run goes on from a checkpoint; newer ones were `damaged`, and this of the machine has `changed`."""
 
@@ -75,5 +87,5 @@ class Phase:
     text: str
 
 
-Event = DataReady | ModelReady | Resumed | StepDone | Evaluated | Checkpointed | Phase
+Event = DataReady | Planned | ModelReady | Resumed | StepDone | Evaluated | Checkpointed | Phase
 OnEvent = Callable[[Event], None]

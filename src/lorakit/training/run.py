@@ -23,7 +23,7 @@ from lorakit.data.chat import ChatFormat, Prompt
 from lorakit.data.prepare import Data, read_data
 from lorakit.data.schema import schema_of
 from lorakit.data.sources import located
-from lorakit.errors import RunError, bullet_list
+from lorakit.errors import ModelError, RunError, bullet_list
 from lorakit.files import (
     JsonLines,
     atomic_folder,
@@ -36,18 +36,19 @@ from lorakit.files import (
 )
 from lorakit.generation import generate
 from lorakit.models import load_model, load_tokenizer, resolve, stop_ids
-from lorakit.report import write_report
+from lorakit.report import size, write_report
 from lorakit.training.checkpoint import Checkpoint, load_newest
 from lorakit.training.config import TrainConfig
-from lorakit.training.events import DataReady, ModelReady, OnEvent, Phase, Resumed
+from lorakit.training.events import DataReady, ModelReady, OnEvent, Phase, Planned, Resumed
 from lorakit.training.identity import differences, identity_of, machine_changes
 from lorakit.training.loop import Fitted, Plan, fit, restore_tensors
 from lorakit.training.optim import default_learning_rate
+from lorakit.training.planning import Planner, checkpoint_activations
 from lorakit.training.verify import weights_checksum
 from lorakit.version import __version__
 
 ADAPTER_NAME = "default"
-EVALUATIONS = 5  # a run, unless eval_steps says otherwise or they would take more than their share of its time
+EVALUATIONS = 4  # a run, unless eval_steps says otherwise or they would take more than their share of its time
 EVALUATION_SHARE = 0.1
 CHECKPOINTS = 8  # a run, unless save_steps or eval_steps says otherwise
 SAMPLE_TOKENS = 64
@@ -136,20 +137,20 @@ def train(config: TrainConfig, on_event: OnEvent | None = None) -> Run:
 def _train(config: TrainConfig, folder: Path, on_event: OnEvent) -> Run:
     device = machine.resolve_device(config.device)
     on_event(Phase("reading the data"))
-    tokenizer = load_tokenizer(config.model)
-    chat = ChatFormat(tokenizer, stop_ids(None, tokenizer), config.max_length, config.chat_template, config.train_on)
-    data = read_data(config.data, config.validation, config.validation_share, config.seed, chat)
+    data = read(config)
     chat = data.chat_format
     train_examples, valid_examples = data.train.examples, data.valid.examples
     on_event(DataReady(len(data.train.rows), len(data.valid.rows), data.lines()))
     plan = Plan.of(config, train_examples)
-    config = _resolved(config, device, plan, sum(len(example.ids) for example in valid_examples))
+    config = resolved(config, device, plan, sum(len(example.ids) for example in valid_examples))
+    config = _made_to_fit(config, data, on_event)
 
     on_event(Phase("loading the model"))
     machine.keep_freed_memory()
     model, _ = load_model(config.model, config.dtype, config.device)
     if config.learning_rate is None:
         config = config.replace(learning_rate=default_learning_rate(model.get_input_embeddings().weight.shape[1]))
+    checkpoint_activations(model, on=config.gradient_checkpointing == "on")
     adapters = attach(model, config.lora, ADAPTER_NAME, seed=config.seed)
     tensors = adapters.trainable_tensors(ADAPTER_NAME)
     base_before = weights_checksum(model)
@@ -200,6 +201,56 @@ def _train(config: TrainConfig, folder: Path, on_event: OnEvent) -> Run:
 # ---------------------------------------------------------------- settings
 
 
+def read(config: TrainConfig) -> Data:
+    """The rows of a run, through the gate.
+
+    Raises:
+        DataError: they cannot be read, or would train nothing or the wrong thing.
+        ModelError: the base has no tokenizer here.
+    """
+    tokenizer = load_tokenizer(config.model)
+    chat = ChatFormat(tokenizer, stop_ids(None, tokenizer), config.max_length, config.chat_template, config.train_on)
+    return read_data(config.data, config.validation, config.validation_share, config.seed, chat)
+
+
+def _made_to_fit(config: TrainConfig, data: Data, on_event: OnEvent) -> TrainConfig:
+    """Checkpointing and micro-batches with which the run fits into the memory there is, where the config leaves it to
+    us.
+
+    Raises:
+        RunError: nothing would fit; says what it takes.
+    """
+    on_event(Phase("planning"))
+    limit = machine.memory_for(config.device)
+    try:
+        planner = Planner(config, data.train.examples, data.valid.examples)
+        plan = planner.plan(limit)
+    except ModelError as error:  # one that cannot be found is told when it is loaded
+        on_event(Planned(None, limit, str(error)))
+        return config if config.gradient_checkpointing != "auto" else config.replace(gradient_checkpointing="off")
+    if config.gradient_checkpointing != "auto":  # the user has decided, and may know better
+        on_event(Planned(plan.memory.peak, limit, ""))
+        return config
+    if not plan.fitting:
+        raise RunError(
+            f"this run would take {size(plan.memory.peak)} and more than the {size(limit or 0)} there are in any case: "
+            "lower --max-length, use --dtype bf16 or a smaller model (lorakit plan shows what takes how much); "
+            "--gradient-checkpointing on or off tries it all the same"
+        )
+    best = plan.fitting[0]
+    chosen = config.replace(
+        gradient_checkpointing="on" if best.gradient_checkpointing else "off",
+        micro_batch_tokens=best.micro_batch_tokens,
+    )
+    changes = (
+        ""
+        if plan.fits
+        else (f"micro-batches of {best.micro_batch_tokens:,} tokens, checkpointing {chosen.gradient_checkpointing}")
+    )
+    on_event(Planned(best.peak, limit, changes))
+    return chosen
+
+
 def _new_folder(data: str) -> Path:
     """runs/data-1 for data.jsonl, owner/data and the like, or the first such number that is free."""
     name = re.sub(r"[^\w.-]+", "-", Path(data).stem) or "run"
@@ -217,7 +268,7 @@ def _located(config: TrainConfig, folder: Path) -> TrainConfig:
     )
 
 
-def _resolved(config: TrainConfig, device: torch.device, plan: Plan, valid_tokens: int) -> TrainConfig:
+def resolved(config: TrainConfig, device: torch.device, plan: Plan, valid_tokens: int) -> TrainConfig:
     """Every "auto" and None that stands for a number, replaced by what it comes to here."""
     dtype = machine.resolve_dtype(config.dtype, device)
     return config.replace(
@@ -230,7 +281,7 @@ def _resolved(config: TrainConfig, device: torch.device, plan: Plan, valid_token
 
 
 def _evaluations(plan: Plan, valid_tokens: int, early_stop: int | None = None) -> int:
-    """How often a run evaluates: five times, less often where that would take long, at least twice, and often enough
+    """How often a run evaluates: four times, less often where that would take long, at least twice, and often enough
     for `early_stop` to have its say.
 
     A token costs half as much in evaluation as in training: the forward pass, where the backward pass through frozen

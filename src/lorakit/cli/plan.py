@@ -1,0 +1,114 @@
+"""`lorakit plan`: what a run will take, before it is run."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from lorakit.cli.common import FILE_VALUES, config_options, console, emit, verb
+from lorakit.errors import ConfigError
+from lorakit.training.config import TrainConfig
+
+if TYPE_CHECKING:
+    from lorakit.training.planning import RunPlan
+
+_UNITS = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
+_NO_DATA = "no data"
+
+
+class _Memory(click.ParamType[int]):
+    """An amount of memory: 16GB, 800MB, or bytes."""
+
+    name = "amount"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        match = re.fullmatch(r"\s*([\d.]+)\s*([kmgt]?)i?b?\s*", str(value).lower())
+        if match is None or float(match[1]) <= 0:
+            self.fail(f"{value!r} is no amount of memory; write 16GB or 800MB", param, ctx)
+        return int(float(match[1]) * _UNITS[match[2]])
+
+
+def data_or_length(function: Callable[..., None]) -> Callable[..., None]:
+    """Without DATA, a plan is of rows of --length tokens.
+
+    Raises:
+        ConfigError: neither is given, or both.
+    """
+
+    @functools.wraps(function)
+    def with_data(*args: Any, **values: Any) -> None:
+        given = values.get("data") is not None or values.get("data_flag") is not None
+        if values["length"] is not None:
+            if given:
+                raise ConfigError(
+                    "--length is for a plan without DATA: rows of that many tokens; leave one of them out"
+                )
+            values["data"] = _NO_DATA
+        elif not given and FILE_VALUES not in click.get_current_context().meta:
+            raise ConfigError("give DATA, or --length N for rows of N tokens each")
+        function(*args, **values)
+
+    return with_data
+
+
+@verb("plan")
+@click.option("--memory", type=_Memory(), help="Memory there is, e.g. 16GB; by default what is available here.")
+@click.option("--length", type=click.IntRange(2), help="Without DATA: rows of this many tokens, all of them trained.")
+@click.option(
+    "--steps_timed",
+    type=click.IntRange(0),
+    default=4,
+    show_default=True,
+    help="Steps that are run to measure the time (nothing is trained); 0: none. Only with DATA.",
+)
+@data_or_length
+@config_options(TrainConfig, positional={"data"})
+def command(config: TrainConfig, memory: int | None, length: int | None, steps_timed: int, as_json: bool) -> None:
+    """Say what a run will take, before it is run: memory, time, size of the adapter; and settings that fit.
+
+    Takes the flags of lorakit train. The model needs no weights here: a folder with its config.json will do, or a Hub
+    id of a model larger than this machine.
+    """
+    from lorakit.training.plan_run import plan_run
+
+    with console.status("planning"):
+        plan = plan_run(config, memory=memory, length=length, steps_timed=0 if length else steps_timed)
+    for line in lines(plan):
+        console.print(line)
+    emit(plan.to_dict(), as_json)
+
+
+def lines(plan: RunPlan) -> list[str]:
+    """A plan for people."""
+    from lorakit.report import duration, size
+
+    memory = plan.memory
+    told = [
+        f"model   {plan.parameters:,} parameters, {size(memory.weights)}; {plan.trained:,} trained "
+        f"({plan.trained / plan.parameters:.2%}); adapter file {size(plan.adapter_bytes)}",
+        f"steps   {plan.steps:,}, {plan.tokens:,} tokens, of which {plan.computed:.0%} go through the model",
+        f"memory  {size(memory.peak)}: process {size(memory.process)}, weights {size(memory.weights)}, adapter and "
+        f"optimiser {size(memory.adapter)}, step {size(memory.training)} (activations {size(memory.activations)}, "
+        f"logits {size(memory.logits)}), or evaluation {size(memory.evaluation)}",
+    ]
+    if plan.tokens_per_second is not None and plan.seconds is not None:
+        told.append(
+            f"time    {duration(plan.seconds)}, {plan.tokens_per_second:,.0f} tokens/s (measured on steps of the run)"
+        )
+    if plan.limit is not None:
+        word = "fits" if plan.fits else "does not fit"
+        told.append(f"limit   {size(plan.limit)}: {word}")
+        if not plan.fits:
+            told += [
+                f"  fits  {size(each.peak)}, {each.time:.2f} times as long: "
+                f"--micro-batch-tokens {each.micro_batch_tokens} "
+                f"--gradient-checkpointing {'on' if each.gradient_checkpointing else 'off'}"
+                for each in plan.fitting
+            ] or [
+                "  nothing that leaves the result as it is fits: lower --max-length, --dtype bf16, or a smaller model"
+            ]
+    return told

@@ -1,0 +1,54 @@
+"""A whole plan, from a config to what `lorakit plan` tells. Knows the order of things, as `training.run` does."""
+
+from __future__ import annotations
+
+from lorakit import machine
+from lorakit.adapter.attach import attach
+from lorakit.data.chat import Example
+from lorakit.data.sources import Origin
+from lorakit.models import load_model
+from lorakit.training.config import TrainConfig
+from lorakit.training.loop import Plan
+from lorakit.training.planning import Planner, RunPlan, timed
+from lorakit.training.run import read, resolved
+
+
+def plan_run(
+    config: TrainConfig, *, memory: int | None = None, length: int | None = None, steps_timed: int = 4
+) -> RunPlan:
+    """What a run with this config will take.
+
+    Args:
+        config: as `train` takes it; nothing is written.
+        memory: bytes there are; None: what the device has free here.
+        length: instead of reading `config.data`: a step of rows of this many tokens, all of them trained.
+        steps_timed: steps of the run to measure the time on, for which the model is loaded; 0: no time.
+
+    Raises:
+        DataError: the rows cannot be read, or would train nothing or the wrong thing.
+        ModelError: the model cannot be found, or cannot be traced.
+        TargetError: the adapter's config names what is not in the model.
+    """
+    device = machine.resolve_device(config.device)
+    if length is None:
+        data = read(config)
+        train, valid = data.train.examples, data.valid.examples
+    else:
+        rows = config.batch_size * config.gradient_accumulation_steps
+        train = tuple(_row(number, length) for number in range(rows))
+        valid = train[:1]
+    config = resolved(config, device, Plan.of(config, train), sum(len(example.ids) for example in valid))
+    if memory is None:
+        memory = machine.memory_for(device)
+    plan = Planner(config, train, valid).plan(memory)
+    if not steps_timed or not plan.fits:
+        return plan
+    machine.keep_freed_memory()
+    model, _ = load_model(config.model, config.dtype, config.device)
+    attach(model, config.lora)
+    return timed(plan, config, model, train, valid, steps=steps_timed)
+
+
+def _row(number: int, length: int) -> Example:
+    """A row that shares no beginning with another."""
+    return Example([number] * length, [False] + [True] * (length - 1), Origin("rows of one length", number + 1))

@@ -1,0 +1,145 @@
+"""How much memory a training step or an evaluation takes: its operations are run on the meta device, where tensors have
+shapes and no numbers, and every allocation is counted while it lives.
+
+Any architecture that transformers builds is traced as it is; there is no table of what layers keep. Of a stack of equal
+layers one and two are run, and the others counted like the second. What a single operation allocates for itself and
+gives back before it returns is not seen.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from lorakit.data.batches import Batch
+from lorakit.fusion import fused
+from lorakit.packing import packed_logits, unprobed_attention
+from lorakit.training.objectives import cross_entropy_sum
+
+
+@dataclass(frozen=True)
+class Traced:
+    """Bytes beside weights and adapter.
+
+    Attributes:
+        peak: most that lives at once.
+        kept: what the forward pass keeps for the backward pass, logits and their gradient included; 0 in evaluation.
+        logits: of them, the logits.
+    """
+
+    peak: int
+    kept: int
+    logits: int
+
+
+class _Allocations(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's __init_subclass__
+    """Counts the bytes of every tensor storage that operations make, until it is freed: of those on one kind of device,
+    beyond those that are `known`.
+    """
+
+    def __init__(self, known: Sequence[torch.Tensor], device: str = "meta") -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._device = device
+        self.live = self.peak = 0
+        self._sizes: dict[weakref.ref[Any], int] = {}
+        for tensor in known:  # weights are there before
+            self._sizes[weakref.ref(tensor.untyped_storage())] = 0
+        self._known = [tensor.untyped_storage() for tensor in known]
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor) and tensor.device.type == self._device:
+                self._see(tensor.untyped_storage())
+        return result
+
+    def _see(self, storage: torch.UntypedStorage) -> None:
+        reference = weakref.ref(storage, self._freed)
+        if reference not in self._sizes:
+            self._sizes[reference] = storage.nbytes()
+            self.live += storage.nbytes()
+            self.peak = max(self.peak, self.live)
+
+    def _freed(self, reference: weakref.ref[Any]) -> None:
+        self.live -= self._sizes.pop(reference, 0)
+
+
+def trace_step(model: Any, batch: Batch) -> Traced:
+    """A micro-batch forwards and backwards.
+
+    Args:
+        model: a causal language model on the meta device, an adapter attached and active, all of it there. It is taken
+            to pack rows: a probe would need numbers.
+        batch: a micro-batch.
+    """
+    model.train()
+    layers = equal_layers(model)
+    if layers is None or len(layers) <= 2:
+        return _step(model, batch)
+    with _shortened(layers, 1):
+        one = _step(model, batch)
+    with _shortened(layers, 2):
+        two = _step(model, batch)
+    more = (len(layers) - 1) * (two.kept - one.kept)
+    return Traced(one.peak + more, one.kept + more, one.logits)
+
+
+@torch.no_grad()
+def trace_evaluation(model: Any, batch: Batch) -> Traced:
+    """A micro-batch forwards only, of which nothing is kept; arguments as `trace_step`."""
+    model.eval()
+    layers = equal_layers(model)
+    with contextlib.nullcontext() if layers is None else _shortened(layers, 2), _traced(model) as allocations:
+        logits = packed_logits(model, batch.to("meta"))
+        size = logits.untyped_storage().nbytes()
+        cross_entropy_sum(logits, batch.targets.to("meta"))
+    return Traced(allocations.peak, 0, size)
+
+
+def _step(model: Any, batch: Batch) -> Traced:
+    with _traced(model) as allocations:
+        logits = packed_logits(model, batch.to("meta"))
+        size = logits.untyped_storage().nbytes()
+        loss = cross_entropy_sum(logits, batch.targets.to("meta"))
+        del logits
+        kept = allocations.live
+        loss.backward()  # type: ignore[no-untyped-call]
+        del loss
+    model.zero_grad(set_to_none=True)
+    return Traced(allocations.peak, kept, size)
+
+
+@contextlib.contextmanager
+def _traced(model: Any) -> Iterator[_Allocations]:
+    """As training and evaluation run a model, every allocation counted."""
+    known = [*model.parameters(), *model.buffers()]
+    with fused(model), unprobed_attention(model), _Allocations(known) as allocations:
+        yield allocations
+
+
+def equal_layers(model: Any) -> nn.ModuleList | None:
+    """The model's decoder layers, if all of them have the same parts of the same shapes; else None."""
+    layers = getattr(getattr(model, str(getattr(model, "base_model_prefix", "")), None), "layers", None)
+    if not isinstance(layers, nn.ModuleList) or not len(layers):
+        return None
+    shapes = [(type(layer), [(name, p.shape) for name, p in layer.named_parameters()]) for layer in layers]
+    return layers if all(shape == shapes[0] for shape in shapes) else None
+
+
+@contextlib.contextmanager
+def _shortened(layers: nn.ModuleList, count: int) -> Iterator[None]:
+    """Within the block only the first `count` of the layers are there."""
+    rest = list(layers)[count:]
+    del layers[count:]
+    try:
+        yield
+    finally:
+        layers.extend(rest)

@@ -140,6 +140,7 @@ def _attend_long(
     own_q, own_k, own_v = (
         _take(x, places).transpose(0, 1)[None] for x, places in ((q, row.own), (k, row.places), (v, row.places))
     )
+    out: torch.Tensor
     if q.is_meta:  # where torch would write the scores out, which it does on no device that has the fused call
         out, _ = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             own_q, own_k, own_v, dropout, visible is None, attn_mask=visible, scale=scale

@@ -4,6 +4,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import lorakit
+from lorakit import LoRAConfig
 from lorakit.training import objectives
 from lorakit.training.objectives import cross_entropy_sum, cross_entropy_sum_reference, mean_loss
 
@@ -26,6 +28,35 @@ def test_value_and_gradient(rows, dtype, tolerance, monkeypatch):
     assert gradient.dtype == dtype
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(gradient, expected_gradient, rtol=tolerance, atol=tolerance / max(rows, 1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("adapted", [False, True])
+def test_the_gradient_may_take_the_place_of_logits_that_nobody_reads(dtype, adapted):
+    torch.manual_seed(0)
+    head = torch.nn.Linear(5, 33, bias=False).to(dtype)
+    if adapted:
+        lorakit.attach(head_in := torch.nn.ModuleDict({"head": head}), LoRAConfig(r=2, target_modules=["head"]))
+        assert head_in["head"] is head
+    states, targets = torch.randn(1, 7, 5).to(dtype), torch.randint(0, 33, (7,))
+    results = []
+    for overwrite in (False, True):
+        x = states.clone().requires_grad_()
+        logits = head(x).squeeze(0)
+        before = logits.detach().clone()
+        loss = cross_entropy_sum(logits, targets, overwrite=overwrite)
+        assert torch.equal(logits.detach(), before) != overwrite
+        loss.backward()
+        results.append((loss.detach(), x.grad))
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+
+
+def test_logits_that_are_needed_again_stay():
+    x = torch.randn(7, 33, requires_grad=True)
+    for logits in (torch.tanh(x @ torch.eye(33)), x * 1.0):
+        before = logits.detach().clone()
+        cross_entropy_sum(logits, torch.zeros(7, dtype=torch.long), overwrite=True).backward()
+        assert torch.equal(logits.detach(), before)
 
 
 def test_no_gradient_is_kept_when_none_is_wanted():

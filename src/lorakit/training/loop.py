@@ -260,7 +260,7 @@ def accumulate(
         for number, indices in enumerate(micro_batches):
             batch = collate(examples, indices, share=share).to(device)
             with seeded(device, seed, step, number):
-                loss_sum = cross_entropy_sum(packed_logits(model, batch), batch.targets)
+                loss_sum = cross_entropy_sum(packed_logits(model, batch), batch.targets, overwrite=True)
                 torch.autograd.backward(scaler.scale(loss_sum / labelled))
             sums.append(loss_sum.detach())
     finally:

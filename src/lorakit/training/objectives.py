@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -32,9 +33,10 @@ class _CrossEntropySum(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        want_gradient = ctx.needs_input_grad[0]
-        gradient = torch.empty_like(logits) if want_gradient else None  # (L, V)
+    def forward(ctx: Any, logits: torch.Tensor, targets: torch.Tensor, overwrite: bool) -> torch.Tensor:
+        gradient = None  # (L, V)
+        if ctx.needs_input_grad[0]:
+            gradient = logits if overwrite else torch.empty_like(logits)
         total = logits.new_zeros((), dtype=torch.float32)
         step = _chunk_rows(logits)
         for start in range(0, len(logits), step):
@@ -55,25 +57,42 @@ class _CrossEntropySum(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor, None]:
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         gradient, ctx.gradient = ctx.gradient, None  # scaled in place, so it is there once
         if gradient is None:
             raise RuntimeError("cross_entropy_sum: its gradient can be taken once; compute the loss again")
-        return gradient.mul_(grad_outputs[0]), None
+        return gradient.mul_(grad_outputs[0]), None, None
 
 
-def cross_entropy_sum(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+def cross_entropy_sum(logits: torch.Tensor, targets: torch.Tensor, *, overwrite: bool = False) -> torch.Tensor:
     """Sum over tokens of -log softmax(logits)[target].
 
     Args:
         logits: (L, V), fp32, bf16 or fp16.
         targets: (L,) int64, each in [0, V).
+        overwrite: keep the gradient where the logits were, if nothing in their graph needs them any more (see
+            `read_by_nobody`): half the memory, and memory that is at hand.
 
     Returns:
         fp32 scalar; 0 with zero gradient for L = 0.
     """
-    loss: torch.Tensor = _CrossEntropySum.apply(logits, targets)  # type: ignore[no-untyped-call]
+    may = overwrite and read_by_nobody(logits)
+    loss: torch.Tensor = _CrossEntropySum.apply(logits, targets, may)  # type: ignore[no-untyped-call]
     return loss
+
+
+_VIEWS = re.compile(r"(Squeeze|Unsqueeze|UnsafeView|View|Reshape)Backward\d*")
+_PRODUCTS = re.compile(r"(Mm|Addmm|_LoRALinears)Backward\d*")
+
+
+def read_by_nobody(result: torch.Tensor) -> bool:
+    """Whether a tensor comes out of a matrix product, looked at in another shape at most: its backward pass needs what
+    went in, not what came out. (Where this were wrong autograd would raise: it sees that the tensor has changed.)
+    """
+    node = result.grad_fn
+    while node is not None and _VIEWS.fullmatch(node.name()):
+        node = node.next_functions[0][0]
+    return node is not None and _PRODUCTS.fullmatch(node.name()) is not None
 
 
 def cross_entropy_sum_reference(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

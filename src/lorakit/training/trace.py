@@ -108,7 +108,7 @@ def _step(model: Any, batch: Batch) -> Traced:
     with _traced(model) as allocations:
         logits = packed_logits(model, batch.to("meta"))
         size = logits.untyped_storage().nbytes()
-        loss = cross_entropy_sum(logits, batch.targets.to("meta"))
+        loss = cross_entropy_sum(logits, batch.targets.to("meta"), overwrite=True)
         del logits
         kept = allocations.live
         loss.backward()  # type: ignore[no-untyped-call]

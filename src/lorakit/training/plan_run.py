@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import torch
+
 from lorakit import machine
 from lorakit.adapter.attach import attach
 from lorakit.data.chat import Example
 from lorakit.data.sources import Origin
+from lorakit.errors import ConfigError
 from lorakit.models import load_model
 from lorakit.training.config import TrainConfig
 from lorakit.training.loop import Plan
@@ -29,7 +32,9 @@ def plan_run(
         ModelError: the model cannot be found, or cannot be traced.
         TargetError: the adapter's config names what is not in the model.
     """
-    device = machine.resolve_device(config.device)
+    device, here = _device(config.device)
+    if not here:  # dtype cannot be probed
+        config = config.replace(dtype="bf16" if config.dtype == "auto" else config.dtype)
     if length is None:
         data = read(config)
         train, valid = data.train.examples, data.valid.examples
@@ -38,15 +43,25 @@ def plan_run(
         train = tuple(_row(number, length) for number in range(rows))
         valid = train[:1]
     config = resolved(config, device, Plan.of(config, train), sum(len(example.ids) for example in valid))
-    if memory is None:
+    if memory is None and here:
         memory = machine.memory_for(device)
     plan = Planner(config, train, valid).plan(memory)
-    if not steps_timed or not plan.fits:
+    if not steps_timed or not plan.fits or not here:
         return plan
     machine.keep_freed_memory()
     model, _ = load_model(config.model, config.dtype, config.device)
     attach(model, config.lora)
     return timed(plan, config, model, train, valid, steps=steps_timed)
+
+
+def _device(name: str) -> tuple[torch.device, bool]:
+    """A device, and whether it is here: a plan may be for another machine's GPU."""
+    try:
+        return machine.resolve_device(name), True
+    except ConfigError:
+        if name.partition(":")[0] not in ("cuda", "mps"):
+            raise
+        return torch.device(name), False
 
 
 def _row(number: int, length: int) -> Example:

@@ -448,3 +448,19 @@ def test_a_changed_base_is_not_called_done(settings, tmp_path, monkeypatch):
     with pytest.raises(RunError, match="base model's weights changed"):
         train(configured(settings, tmp_path / "run", max_steps=3), disturb)
     assert not (tmp_path / "run" / "result.json").exists()
+
+
+def test_memory_that_runs_out_is_told_with_what_to_change(settings, tmp_path, monkeypatch):
+    def fail(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore lines.")
+
+    monkeypatch.setattr("lorakit.training.loop.accumulate", fail)
+    with pytest.raises(RunError) as raised:
+        train(configured({**settings, "micro_batch_tokens": 3000, "samples": 0}, tmp_path / "run"))
+    message = str(raised.value)
+    assert "--gradient-checkpointing on" in message
+    assert "--micro-batch-tokens 1500" in message
+    assert "More lines" not in message
+    monkeypatch.setattr("lorakit.training.loop.accumulate", lambda *a, **k: torch.ones(2) @ torch.ones(3))
+    with pytest.raises(RuntimeError, match="inconsistent tensor size"):
+        train(configured({**settings, "samples": 0}, tmp_path / "other"))

@@ -6,10 +6,11 @@ trained, and nothing is called done before the base is proved unchanged and the 
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ import torch
 from lorakit import machine
 from lorakit.adapter.attach import AttachedAdapters, attach
 from lorakit.adapter.value import Adapter
-from lorakit.data.chat import ChatFormat, Prompt
+from lorakit.data.chat import ChatFormat, Example, Prompt
 from lorakit.data.prepare import Data, read_data
 from lorakit.data.schema import schema_of
 from lorakit.data.sources import located
@@ -172,18 +173,19 @@ def _train(config: TrainConfig, folder: Path, on_event: OnEvent) -> Run:
     if checkpoint is not None and checkpoint.best:
         restore_tensors(tensors, checkpoint.best)
         save_best()
-    fitted = fit(
-        model,
-        tensors,
-        train_examples,
-        valid_examples,
-        config,
-        folder=folder,
-        identity=identity,
-        checkpoint=checkpoint,
-        on_event=on_event,
-        on_best=save_best,
-    )
+    with _out_of_memory_told(config, folder, train_examples):
+        fitted = fit(
+            model,
+            tensors,
+            train_examples,
+            valid_examples,
+            config,
+            folder=folder,
+            identity=identity,
+            checkpoint=checkpoint,
+            on_event=on_event,
+            on_best=save_best,
+        )
     if weights_checksum(model) != base_before:
         raise RunError(
             f"{folder}: the base model's weights changed during training, so this adapter fits no base; discard it"
@@ -266,6 +268,34 @@ def _located(config: TrainConfig, folder: Path) -> TrainConfig:
         output=str(folder.resolve()),
         resume=False,
     )
+
+
+@contextlib.contextmanager
+def _out_of_memory_told(config: TrainConfig, folder: Path, train: Sequence[Example]) -> Iterator[None]:
+    """Memory that ran out becomes a word on what to change, and to what.
+
+    Raises:
+        RunError: memory ran out.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:  # torch's for a GPU is a RuntimeError, as is its CPU allocator's
+        if not (
+            isinstance(error, MemoryError | torch.OutOfMemoryError)
+            or re.search(r"DefaultCPUAllocator|out of memory", str(error))
+        ):
+            raise
+        longest = max(len(example.ids) for example in train)
+        ways = []
+        if config.gradient_checkpointing != "on":
+            ways.append("--gradient-checkpointing on (a third more time)")
+        if config.micro_batch_tokens > longest:
+            ways.append(f"--micro-batch-tokens {max(longest, config.micro_batch_tokens // 2)}")
+        ways.append(f"--max-length {longest // 2} (which cuts the longest rows)")
+        raise RunError(
+            f"{folder}: memory ran out ({str(error).splitlines()[0]}). Start again in another folder with "
+            f"{', or '.join(ways)}; lorakit plan shows what takes how much"
+        ) from error
 
 
 def resolved(config: TrainConfig, device: torch.device, plan: Plan, valid_tokens: int) -> TrainConfig:

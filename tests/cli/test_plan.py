@@ -29,7 +29,7 @@ def test_says_memory_time_and_whether_it_fits(files):
     found = json.loads(result.stdout)
     assert found["fits"]
     memory = found["memory"]
-    assert memory["peak"] == memory["process"] + memory["weights"] + memory["adapter"] + max(
+    assert memory["peak"] == memory["process"] + memory["held"] + memory["weights"] + memory["adapter"] + max(
         memory["training"], memory["evaluation"]
     )
     assert found["tokens_per_second"] > 0

@@ -91,9 +91,9 @@ def lines(plan: RunPlan) -> list[str]:
         f"model   {plan.parameters:,} parameters, {size(memory.weights)}; {plan.trained:,} trained "
         f"({plan.trained / plan.parameters:.2%}); adapter file {size(plan.adapter_bytes)}",
         f"steps   {plan.steps:,}, {plan.tokens:,} tokens, of which {plan.computed:.0%} go through the model",
-        f"memory  {size(memory.peak)}: process {size(memory.process)}, weights {size(memory.weights)}, adapter and "
-        f"optimiser {size(memory.adapter)}, step {size(memory.training)} (activations {size(memory.activations)}, "
-        f"logits {size(memory.logits)}), or evaluation {size(memory.evaluation)}",
+        f"memory  {size(memory.peak)}: process {size(memory.process)}, held {size(memory.held)}, weights "
+        f"{size(memory.weights)}, adapter and optimiser {size(memory.adapter)}, step {size(memory.training)} "
+        f"(activations {size(memory.activations)}, logits {size(memory.logits)}), or evaluation {size(memory.evaluation)}",
     ]
     if plan.tokens_per_second is not None and plan.seconds is not None:
         told.append(

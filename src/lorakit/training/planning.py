@@ -29,6 +29,7 @@ from lorakit.training.optim import make_scaler
 from lorakit.training.trace import Traced, trace_evaluation, trace_step
 
 CUDA_CONTEXT = 600_000_000  # bytes that CUDA takes for itself; as others report it, not measured here
+HELD_ON_CPU = 350_000_000  # beyond what lives at once: holes between blocks, workspace of products (docs/log.md: plans)
 BYTES_TRAINED = 20  # of a trained number in fp32: itself, its gradient, AdamW's two moments, the best so far
 RECOMPUTING = 1.33  # time of a step with checkpointing: three passes through the frozen products instead of two
 _MOST_COLLATED = 32  # micro-batches looked at, of the longest
@@ -40,6 +41,7 @@ class Memory:
 
     Attributes:
         process: interpreter and libraries; on a GPU, what CUDA takes for itself.
+        held: what the C library and the kernels hold beyond what lives at once.
         weights: the base.
         adapter: trained tensors with gradients, optimiser state and the best copy.
         training: beside these, the most of a training step.
@@ -49,6 +51,7 @@ class Memory:
     """
 
     process: int
+    held: int
     weights: int
     adapter: int
     training: int
@@ -59,7 +62,7 @@ class Memory:
     @property
     def peak(self) -> int:
         """The most at one time."""
-        return self.process + self.weights + self.adapter + max(self.training, self.evaluation)
+        return self.process + self.held + self.weights + self.adapter + max(self.training, self.evaluation)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,6 +179,7 @@ class Planner:
         evaluation = self._trace_evaluation(micro_batch_tokens) if self.valid else Traced(0, 0, 0)
         return Memory(
             process=self.process,
+            held=HELD_ON_CPU if torch.device(self.config.device).type == "cpu" else 0,
             weights=self.weights,
             adapter=BYTES_TRAINED * self.trained,
             training=step.peak,

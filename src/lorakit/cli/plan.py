@@ -93,7 +93,8 @@ def lines(plan: RunPlan) -> list[str]:
         f"steps   {plan.steps:,}, {plan.tokens:,} tokens, of which {plan.computed:.0%} go through the model",
         f"memory  {size(memory.peak)}: process {size(memory.process)}, held {size(memory.held)}, weights "
         f"{size(memory.weights)}, adapter and optimiser {size(memory.adapter)}, step {size(memory.training)} "
-        f"(activations {size(memory.activations)}, logits {size(memory.logits)}), or evaluation {size(memory.evaluation)}",
+        f"(activations {size(memory.activations)}, logits {size(memory.logits)}), or evaluation "
+        f"{size(memory.evaluation)}",
     ]
     if plan.tokens_per_second is not None and plan.seconds is not None:
         told.append(

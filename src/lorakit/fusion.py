@@ -64,10 +64,15 @@ def keeps(model: nn.Module) -> bool:
     return isinstance(forward, functools.partial) and forward.func is _last_layer
 
 
-def _last_of(model: nn.Module) -> nn.Module | None:
-    """The last layer of a language model as transformers lays them out: `<prefix>.layers`."""
+def decoder_layers(model: nn.Module) -> nn.ModuleList | None:
+    """The layers of a language model as transformers lays them out, `<prefix>.layers`; None where there are none."""
     layers = getattr(getattr(model, str(getattr(model, "base_model_prefix", "")), None), "layers", None)
-    return layers[-1] if isinstance(layers, nn.ModuleList) and len(layers) else None
+    return layers if isinstance(layers, nn.ModuleList) and len(layers) else None
+
+
+def _last_of(model: nn.Module) -> nn.Module | None:
+    layers = decoder_layers(model)
+    return None if layers is None else layers[-1]
 
 
 def _siblings(model: nn.Module) -> Iterator[list[AdaptedLayer]]:

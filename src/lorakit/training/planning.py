@@ -17,11 +17,12 @@ from typing import Any
 import torch
 
 from lorakit import machine
-from lorakit.adapter.attach import AttachedAdapters, attach
+from lorakit.adapter.attach import attach
 from lorakit.data.batches import Batch, collate, plan_evaluation
 from lorakit.data.chat import Example
 from lorakit.errors import ModelError
 from lorakit.models import load_skeleton
+from lorakit.packing import has_dropout
 from lorakit.training.config import TrainConfig
 from lorakit.training.loop import Plan, accumulate, ready
 from lorakit.training.objectives import mean_loss
@@ -133,7 +134,6 @@ class Planner:
         config: with `dtype` and `device` resolved.
         train: training rows.
         valid: validation rows; may be none.
-        share: rows of a step may share what they begin with.
 
     Raises:
         ModelError: the model cannot be found, or is of no class that transformers knows.
@@ -141,37 +141,42 @@ class Planner:
         NotTraceableError: its operations need numbers, or its rows cannot be packed.
     """
 
-    def __init__(
-        self, config: TrainConfig, train: Sequence[Example], valid: Sequence[Example] = (), *, share: bool = True
-    ) -> None:
+    def __init__(self, config: TrainConfig, train: Sequence[Example], valid: Sequence[Example] = ()) -> None:
         self.config, self.train, self.valid = config, train, valid
-        self.share = share and config.lora.dropout == 0
         self.model = load_skeleton(config.model).to(machine.DTYPES[config.dtype])
         self.parameters = sum(p.numel() for p in self.model.parameters())
         self.weights = sum(t.numel() * t.element_size() for t in (*self.model.parameters(), *self.model.buffers()))
         handle = attach(self.model, config.lora, check_base=False)
         self.model.to("meta")
+        self.share = not has_dropout(self.model)  # as `loop.ready` has it
         self.trained = sum(p.numel() for p in handle.trainable_parameters())
-        self.adapter_bytes = _file_size(handle)
         self.process = machine.resident_memory() if torch.device(config.device).type == "cpu" else CUDA_CONTEXT
 
     def plan(self, limit: int | None) -> RunPlan:
         """What the run will take, and settings with which it takes at most `limit` bytes."""
         steps = Plan.of(self.config, self.train)
-        memory = self.memory(self.config.micro_batch_tokens, checkpointing=self.config.gradient_checkpointing == "on")
+        memory = self.asked()
         batches = [collate(self.train, rows, share=self.share) for rows in _spread(steps)]
         read = sum(len(batch.ids) for batch in batches)
         return RunPlan(
             parameters=self.parameters,
             trained=self.trained,
-            adapter_bytes=self.adapter_bytes,
+            adapter_bytes=4 * self.trained,  # in fp32, as they are trained
             steps=steps.total_steps,
             tokens=round(steps.tokens),
             computed=read / sum(len(self.train[row].ids) for batch in batches for row in batch.rows),
             memory=memory,
             limit=limit,
-            fitting=tuple(sorted(self._fitting(memory, limit), key=lambda setting: setting.time)),
+            fitting=tuple(self.fitting(memory, limit)),
         )
+
+    def asked(self) -> Memory:
+        """What a run with the settings of the config takes, without checkpointing if that is left open."""
+        return self.memory(self.config.micro_batch_tokens, checkpointing=self.config.gradient_checkpointing == "on")
+
+    def fitting(self, asked: Memory, limit: int | None) -> list[Setting]:
+        """Settings that take at most `limit` bytes, the fastest first; `asked` is what `asked()` said."""
+        return sorted(self._fitting(asked, limit), key=lambda setting: setting.time)
 
     def memory(self, micro_batch_tokens: int, *, checkpointing: bool) -> Memory:
         """What a run with these settings takes."""
@@ -251,11 +256,6 @@ def checkpoint_activations(model: Any, *, on: bool) -> None:
         enable({"use_reentrant": False})
     elif any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
         disable()
-
-
-def _file_size(handle: AttachedAdapters) -> int:
-    """Bytes of the adapter's tensors in a file: as they are trained, in fp32."""
-    return sum(4 * parameter.numel() for parameter in handle.trainable_parameters())
 
 
 def _epoch(steps: Plan) -> Iterator[list[list[int]]]:

@@ -226,30 +226,29 @@ def _made_to_fit(config: TrainConfig, data: Data, on_event: OnEvent) -> TrainCon
     limit = machine.memory_for(config.device)
     try:
         planner = Planner(config, data.train.examples, data.valid.examples)
-        plan = planner.plan(limit)
+        asked = planner.asked()
+        fits = limit is None or asked.peak <= limit
+        decided = config.gradient_checkpointing != "auto"  # by the user, who may know better
+        fitting = [] if fits or decided else planner.fitting(asked, limit)
     except ModelError as error:  # one that cannot be found is told when it is loaded
         on_event(Planned(None, limit, str(error)))
         return config if config.gradient_checkpointing != "auto" else config.replace(gradient_checkpointing="off")
-    if config.gradient_checkpointing != "auto":  # the user has decided, and may know better
-        on_event(Planned(plan.memory.peak, limit, ""))
-        return config
-    if not plan.fitting:
+    if fits or decided:
+        on_event(Planned(asked.peak, limit, ""))
+        return config if decided else config.replace(gradient_checkpointing="off")
+    if not fitting:
         raise RunError(
-            f"this run would take {size(plan.memory.peak)} and more than the {size(limit or 0)} there are in any case: "
+            f"this run would take {size(asked.peak)} and more than the {size(limit or 0)} there are in any case: "
             "lower --max-length, use --dtype bf16 or a smaller model (lorakit plan shows what takes how much); "
             "--gradient-checkpointing on or off tries it all the same"
         )
-    best = plan.fitting[0]
+    best = fitting[0]
     chosen = config.replace(
         gradient_checkpointing="on" if best.gradient_checkpointing else "off",
         micro_batch_tokens=best.micro_batch_tokens,
     )
-    changes = (
-        ""
-        if plan.fits
-        else (f"micro-batches of {best.micro_batch_tokens:,} tokens, checkpointing {chosen.gradient_checkpointing}")
-    )
-    on_event(Planned(best.peak, limit, changes))
+    changed = f"micro-batches of {best.micro_batch_tokens:,} tokens, checkpointing {chosen.gradient_checkpointing}"
+    on_event(Planned(best.peak, limit, changed))
     return chosen
 
 

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lorakit.data.batches import Batch
-from lorakit.fusion import fused
+from lorakit.fusion import decoder_layers, fused
 from lorakit.packing import packed_logits, unprobed_attention
 from lorakit.training.objectives import cross_entropy_sum
 
@@ -49,10 +49,8 @@ class _Allocations(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch
         super().__init__()  # type: ignore[no-untyped-call]
         self._device = device
         self.live = self.peak = 0
-        self._sizes: dict[weakref.ref[Any], int] = {}
-        for tensor in known:  # weights are there before
-            self._sizes[weakref.ref(tensor.untyped_storage())] = 0
-        self._known = [tensor.untyped_storage() for tensor in known]
+        self._known = [tensor.untyped_storage() for tensor in known]  # held, so that they stay known
+        self._sizes: dict[weakref.ref[Any], int] = {weakref.ref(storage): 0 for storage in self._known}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -97,38 +95,34 @@ def trace_evaluation(model: Any, batch: Batch) -> Traced:
     """A micro-batch forwards only, of which nothing is kept; arguments as `trace_step`."""
     model.eval()
     layers = equal_layers(model)
-    with contextlib.nullcontext() if layers is None else _shortened(layers, 2), _traced(model) as allocations:
-        logits = packed_logits(model, batch.to("meta"))
-        size = logits.untyped_storage().nbytes()
-        cross_entropy_sum(logits, batch.targets.to("meta"))
-    return Traced(allocations.peak, 0, size)
+    with contextlib.nullcontext() if layers is None else _shortened(layers, 2):
+        return _run(model, batch, backward=False)
 
 
 def _step(model: Any, batch: Batch) -> Traced:
-    with _traced(model) as allocations:
-        logits = packed_logits(model, batch.to("meta"))
-        size = logits.untyped_storage().nbytes()
-        loss = cross_entropy_sum(logits, batch.targets.to("meta"), overwrite=True)
-        del logits
-        kept = allocations.live
-        loss.backward()  # type: ignore[no-untyped-call]
-        del loss
+    traced = _run(model, batch, backward=True)
     model.zero_grad(set_to_none=True)
-    return Traced(allocations.peak, kept, size)
+    return traced
 
 
-@contextlib.contextmanager
-def _traced(model: Any) -> Iterator[_Allocations]:
+def _run(model: Any, batch: Batch, *, backward: bool) -> Traced:
     """As training and evaluation run a model, every allocation counted."""
-    known = [*model.parameters(), *model.buffers()]
+    batch, known = batch.to("meta"), [*model.parameters(), *model.buffers()]
     with fused(model), unprobed_attention(model), _Allocations(known) as allocations:
-        yield allocations
+        logits = packed_logits(model, batch)
+        size = logits.untyped_storage().nbytes()
+        loss = cross_entropy_sum(logits, batch.targets, overwrite=True)
+        del logits
+        kept = allocations.live if backward else 0
+        if backward:
+            loss.backward()  # type: ignore[no-untyped-call]
+    return Traced(allocations.peak, kept, size)
 
 
 def equal_layers(model: Any) -> nn.ModuleList | None:
     """The model's decoder layers, if all of them have the same parts of the same shapes; else None."""
-    layers = getattr(getattr(model, str(getattr(model, "base_model_prefix", "")), None), "layers", None)
-    if not isinstance(layers, nn.ModuleList) or not len(layers):
+    layers = decoder_layers(model)
+    if layers is None:
         return None
     shapes = [(type(layer), [(name, p.shape) for name, p in layer.named_parameters()]) for layer in layers]
     return layers if all(shape == shapes[0] for shape in shapes) else None

@@ -23,7 +23,7 @@ from lorakit.training.config import TrainConfig
 from lorakit.training.events import DataReady, Evaluated, ModelReady, Resumed, StepDone
 from lorakit.training.loop import Plan
 from lorakit.training.objectives import mean_loss
-from lorakit.training.run import _evaluations, _new_folder, train
+from lorakit.training.run import _as_begun, _evaluations, _new_folder, train
 from lorakit.training.verify import weights_checksum
 from tiny_runs import adapter_bytes, assert_same_run, configured, metrics, rows, write_rows
 
@@ -464,3 +464,13 @@ def test_memory_that_runs_out_is_told_with_what_to_change(settings, tmp_path, mo
     monkeypatch.setattr("lorakit.training.loop.accumulate", lambda *a, **k: torch.ones(2) @ torch.ones(3))
     with pytest.raises(RuntimeError, match="inconsistent tensor size"):
         train(configured({**settings, "samples": 0}, tmp_path / "other"))
+
+
+def test_what_was_chosen_for_the_memory_there_was_holds_when_a_run_goes_on(settings, tmp_path):
+    begun = configured(settings, tmp_path, gradient_checkpointing="on")
+    (tmp_path / "run.yaml").write_text(begun.to_yaml())
+    left_open = configured(settings, tmp_path, resume=True)
+    assert left_open.gradient_checkpointing == "auto"
+    assert _as_begun(left_open, tmp_path).gradient_checkpointing == "on"
+    decided = left_open.replace(gradient_checkpointing="off")
+    assert _as_begun(decided, tmp_path).gradient_checkpointing == "off"

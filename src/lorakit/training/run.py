@@ -348,7 +348,8 @@ def _as_begun(config: TrainConfig, folder: Path) -> TrainConfig:
             "For other settings choose another output folder."
         )
     begun = TrainConfig.from_yaml(folder / "run.yaml")
-    left_open = {name: getattr(begun, name) for name in ("dtype", "device") if getattr(config, name) == "auto"}
+    chosen = ("dtype", "device", "gradient_checkpointing")
+    left_open = {name: getattr(begun, name) for name in chosen if getattr(config, name) == "auto"}
     numbers = ("eval_steps", "save_steps", "learning_rate")
     left_open |= {name: getattr(begun, name) for name in numbers if getattr(config, name) is None}
     return config.replace(**left_open)

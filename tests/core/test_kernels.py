@@ -38,7 +38,7 @@ def test_layers_together_equal_layers_alone(trained):
         return [LoRAOperands(frozen[0], frozen[1], A, B, 0.7), LoRAOperands(frozen[2], None, C, D, -2.0)]
 
     def alone(x, *factors):
-        return [lora_linear_reference(x, *one) for one in operands(*factors)]
+        return [lora_linear_reference(x, one) for one in operands(*factors)]
 
     def gradients(function):
         loss = sum((i + 1.0) * y.sin().sum() for i, y in enumerate(function(*tensors)))
@@ -56,12 +56,12 @@ def test_layers_together_equal_layers_alone(trained):
 @pytest.mark.parametrize("bias", [True, False])
 def test_gradients_are_the_derivatives(bias):
     x, W, b, A, B = operands(bias=bias)
-    assert torch.autograd.gradcheck(lambda x, A, B: lora_linear(x, W, b, A, B, 0.7), (x, A, B))
+    assert torch.autograd.gradcheck(lambda x, A, B: lora_linear(x, LoRAOperands(W, b, A, B, 0.7)), (x, A, B))
 
 
 def test_a_second_derivative_is_refused_and_not_wrong():
     x, W, b, A, B = operands()
-    (gradient,) = torch.autograd.grad(lora_linear(x, W, b, A, B, 0.7).sin().sum(), B, create_graph=True)
+    (gradient,) = torch.autograd.grad(lora_linear(x, LoRAOperands(W, b, A, B, 0.7)).sin().sum(), B, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         gradient.sum().backward()
 
@@ -78,7 +78,7 @@ def test_fast_equals_reference(dtype, factors, tolerance):
     results = []
     for function in (lora_linear, lora_linear_reference):
         x, W, b, A, B = operands(dtype, factors)
-        y = function(x, W, b, A, B, 0.7)
+        y = function(x, LoRAOperands(W, b, A, B, 0.7))
         y.sin().sum().backward()
         results.append((y, x.grad, A.grad, B.grad))
     for fast, reference in zip(*results, strict=True):
@@ -90,7 +90,7 @@ def test_fast_equals_reference(dtype, factors, tolerance):
 def test_an_input_without_gradient_costs_none():
     x, W, b, A, B = operands()
     x = x.detach()
-    lora_linear(x, W, b, A, B, 1.0).sum().backward()
+    lora_linear(x, LoRAOperands(W, b, A, B, 1.0)).sum().backward()
     assert x.grad is None
     assert A.grad is not None
 

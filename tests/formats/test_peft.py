@@ -21,6 +21,7 @@ SETTINGS = {
     "rslora": {"scaling": "rslora", "alpha": 5.0},
     "bias": {"bias": "all"},
     "lora bias": {"lora_bias": True, "alpha": 5.0},
+    "dora": {"delta": "dora", "alpha": 5.0},
 }  # fmt: skip
 
 with_peft = pytest.mark.parametrize(
@@ -30,6 +31,7 @@ with_peft = pytest.mark.parametrize(
         *(("llama embedding", "plain"), ("bert", "plain"), ("bert", "bias"), ("vit", "plain"), ("mlp", "bias")),
         *(("convolutions", "plain"), ("embedding", "rslora"), ("gpt2", "bias")),
         *((n, "lora bias") for n in ("llama", "gpt2", "mlp", "bert", "vit", "convolutions")),
+        *((n, "dora") for n in ("llama", "llama embedding", "gpt2", "mlp", "bert", "vit", "convolutions", "embedding")),
     ],
 )
 
@@ -38,6 +40,8 @@ def lora_config(name: str, setting: str) -> LoRAConfig:
     what = CASES[name].what
     if name == "convolutions":  # PEFT's A ignores the layer's dilation and pads with zeros whatever its padding_mode
         what = {"target_modules": ("one", "two", "three")}
+        if setting == "dora":  # and PEFT cannot add its A for all channels to the weight of a grouped one
+            what = {"target_modules": ("one", "three")}
     return LoRAConfig(**{"r": 4, "alpha": 8.0, **what, **SETTINGS[setting]})
 
 
@@ -73,6 +77,7 @@ def test_we_read_peft_files_and_compute_what_peft_computes(name, setting, tmp_pa
         use_rslora=config.scaling == "rslora",
         bias=config.bias,
         lora_bias=config.lora_bias,
+        use_dora=config.delta == "dora",
     )
     wrapped = quiet_peft(peft.get_peft_model, case.build(), theirs)
     torch.manual_seed(3)
@@ -85,6 +90,31 @@ def test_we_read_peft_files_and_compute_what_peft_computes(name, setting, tmp_pa
     model = case.build()
     lorakit.attach(model, tmp_path / "a")
     torch.testing.assert_close(case.run(model), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "setting"), [(n, s) for n in ("llama", "gpt2", "embedding") for s in ("plain", "dora")]
+)
+def test_gradients_are_pefts(name, setting, tmp_path):
+    case = CASES[name]
+    model = case.build()
+    handle = lorakit.attach(model, lora_config(name, setting))
+    randomise(handle)
+    handle.save("default", tmp_path / "a")
+    case.run(model).sin().sum().backward()
+    theirs = quiet_peft(peft.PeftModel.from_pretrained, case.build(), tmp_path / "a", is_trainable=True).eval()
+    case.run(theirs).sin().sum().backward()
+    ends = {
+        "A": ("lora_A.default.weight", "lora_embedding_A.default"),
+        "magnitude": ("lora_magnitude_vector.default.weight",),
+    }
+    ends["B"] = tuple(end.replace("_A", "_B") for end in ends["A"])
+    named = dict(theirs.named_parameters())
+    for own, tensor in handle.trainable_tensors().items():
+        path, _, letter = own.rpartition(".")
+        names = [f"base_model.model.{path}.{end}" for end in ends[letter]]
+        other = next(named[name] for name in names if name in named)
+        torch.testing.assert_close(tensor.grad, other.grad, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "mlp"])
@@ -167,7 +197,7 @@ def change_tensors(folder, change):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"use_dora": True}, "use_dora is True"),
+        ({"use_dora": True}, "lora_magnitude_vector is missing"),
         ({"peft_type": "LOHA"}, "LOHA"),
         ({"init_lora_weights": "pissa"}, "changed the base"),
         ({"lora_bias": True}, r"lora_B\.bias is missing"),

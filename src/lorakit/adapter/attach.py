@@ -359,8 +359,8 @@ class AttachedAdapters:
     # ------------------------------------------------------------ about
 
     def trainable_tensors(self, name: str = "default") -> dict[str, nn.Parameter]:
-        """All tensors an adapter trains, by stable names: "<path>.A", "<path>.B", "<path>.B.bias", "<path>.bias" (the
-        layer's own), or the parameter's own name.
+        """All tensors an adapter trains, by stable names: "<path>.A", "<path>.B", "<path>.B.bias", "<path>.magnitude",
+        "<path>.bias" (the layer's own), or the parameter's own name.
         """
         return self._resident(name).trainable_tensors()
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -23,8 +25,10 @@ def blank_adapter(model: nn.Module, config: LoRAConfig) -> Adapter:
     factors = {}
     for target in targets.layers:
         A, B = (torch.empty(shape, device="meta") for shape in target.site.shapes(target.module, target.r, target.path))
-        kind, bias = target.site.kind, B.new_empty(len(B)) if config.lora_bias else None
-        factors[target.path] = Factors(A=A, B=B, alpha=target.alpha, kind=kind, bias=bias)  # type: ignore[arg-type]
+        bias = B.new_empty(len(B)) if config.lora_bias else None
+        magnitude = B.new_empty(len(B)) if config.delta == "dora" else None
+        kind: Any = target.site.kind
+        factors[target.path] = Factors(A=A, B=B, alpha=target.alpha, kind=kind, bias=bias, magnitude=magnitude)
     return Adapter(
         config=config,
         base=fingerprint.of(model, list(base_parameters(model).items())),

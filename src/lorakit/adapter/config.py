@@ -35,9 +35,11 @@ class LoRAConfig(Config):
         "init_lora_weights": "init",
         "trainable_token_indices": "trainable_tokens",
     }
-    switches: ClassVar[Mapping[str, tuple[str, Any, Any]]] = {"use_rslora": ("scaling", "rslora", "lora")}
+    switches: ClassVar[Mapping[str, tuple[str, Any, Any]]] = {
+        "use_rslora": ("scaling", "rslora", "lora"),
+        "use_dora": ("delta", "dora", "lora"),
+    }
     advice: ClassVar[Mapping[str, str]] = {
-        "use_dora": "DoRA is not in this version",
         "loftq_config": "LoftQ is not in this version; init names what there is",
         "fan_in_fan_out": "leave it out: how a layer stores its weight is seen from the layer",
         "task_type": "leave it out: it is seen from the model",
@@ -78,8 +80,9 @@ class LoRAConfig(Config):
     scaling: Literal["lora", "rslora"] = "lora"
     """alpha/r or alpha/sqrt(r)."""
 
-    delta: Literal["lora"] = "lora"
-    """How the update is parametrised."""
+    delta: Literal["lora", "dora"] = "lora"
+    """How the update is parametrised. lora: W + s B A. dora (arXiv 2402.09353): that with every output's row made as
+    long as a trained magnitude says, which starts at the length of W's own; not for MultiheadAttention and experts."""
 
     init: Annotated[Literal["default", "gaussian", "orthogonal", "random"], _TRUE_IS_DEFAULT] = "default"
     """default: A uniform(+-1/sqrt(fan_in)), B zero. gaussian: A normal(0, 1/r), B zero. orthogonal: A and B from one
@@ -122,6 +125,10 @@ class LoRAConfig(Config):
             found.append(
                 f"lora_bias: goes with init 'default' or 'random', the only ones with which PEFT reads such an adapter "
                 f"(got init {self.init!r})"
+            )
+        if self.lora_bias and self.delta == "dora":
+            found.append(
+                "lora_bias: not with delta 'dora', where it would be scaled with the rows (PEFT has no such file)"
             )
         if self.layers is not None and (not self.layers or min(self.layers) < 0):
             found.append(f"layers: must be layer numbers from 0 (got {list(self.layers)})")

@@ -176,7 +176,7 @@ def _layer_updates(
         name = site.weight_name
         base_weight_of(module, full(name), name)  # refuses a storage that cannot be written
         own = module.get_parameter(name).detach()
-        changes = [(update.lora.dense(site), weight) for update, weight in changing if update.lora is not None]
+        changes = [(update.lora.dense(site, own), weight) for update, weight in changing if update.lora is not None]
         changes += [(update.tokens.dense(own), weight) for update, weight in changing if update.tokens is not None]
         yield (full(name), module, name), sum_of(changes)
     if any(update.changes_bias for update, _ in updates):

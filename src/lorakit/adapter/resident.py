@@ -25,6 +25,7 @@ from lorakit.adapter.value import Adapter, BaseInfo, Factors
 from lorakit.core.active import ActiveState
 from lorakit.core.attention import AdaptedAttention
 from lorakit.core.deltas import LayerUpdate, Replacement, StackedUpdate, trainable
+from lorakit.core.dora import DoRA
 from lorakit.core.layer import AdaptedLayer, AdaptedModule, adapt, batch_dim_inside, restore
 from lorakit.core.sites import site_of
 
@@ -146,6 +147,7 @@ class Resident:
                     alpha=lora.alpha,
                     kind=self.kinds[path],  # type: ignore[arg-type]
                     bias=None if lora.bias is None else _copied(lora.bias),
+                    magnitude=_copied(lora.magnitude) if isinstance(lora, DoRA) else None,
                 )
             if update.bias is not None:
                 biases[path] = _copied(update.bias)

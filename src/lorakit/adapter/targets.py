@@ -12,7 +12,7 @@ from torch import nn
 
 from lorakit.adapter.config import LoRAConfig
 from lorakit.adapter.patterns import ends, matching
-from lorakit.adapter.value import TAKES_BIAS
+from lorakit.adapter.value import TAKES_BIAS, TAKES_MAGNITUDE
 from lorakit.core import experts
 from lorakit.core.attention import AdaptedAttention, is_output_projection
 from lorakit.core.layer import AdaptedLayer, base_modules, bias_dim, bias_name
@@ -113,6 +113,11 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> Targets:
             problems.append(
                 f"{path}: lora_bias=True is not supported for {_IN_WORDS[site.kind]}; leave it out by exclude_modules, "
                 "or set lora_bias to false"
+            )
+        if config.delta == "dora" and site.kind not in TAKES_MAGNITUDE:
+            problems.append(
+                f"{path}: delta='dora' is not supported for {_IN_WORDS[site.kind]}; leave it out by exclude_modules, "
+                "or choose delta='lora'"
             )
         layers.append(Target(path, module, site, int(ranks.get(known, config.r)), alphas.get(also, config.alpha)))
     folded = [path for path in stacks if path in chosen and not experts.keeps_contract(module_at(path, candidates))]

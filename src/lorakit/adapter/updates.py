@@ -14,6 +14,7 @@ from lorakit.adapter.value import Adapter
 from lorakit.core import initializers, lowrank
 from lorakit.core.attention import AdaptedAttention
 from lorakit.core.deltas import LayerUpdate, LoRA, Replacement, StackedUpdate, TokenRows
+from lorakit.core.dora import DoRA, row_norms
 from lorakit.core.experts import AdaptedExperts
 from lorakit.core.layer import AdaptedLayer, AdaptedModule, ReplacedModule, bias_name
 from lorakit.core.weights import base_weight_of
@@ -31,6 +32,8 @@ def expected_shapes(adapter: Adapter, targets: Targets, modules: Mapping[str, nn
         shapes |= {f"{target.path}.A": shape_A, f"{target.path}.B": shape_B}
         if adapter.config.lora_bias:
             shapes[f"{target.path}.B.bias"] = shape_B[:1]
+        if adapter.config.delta == "dora":
+            shapes[f"{target.path}.magnitude"] = shape_B[:1]
     shapes |= {f"{path}.bias": tuple(_bias(modules[path]).shape) for path in targets.biases}
     for path in targets.tokens[:1]:
         dim = modules[path].get_parameter("weight").shape[1]
@@ -79,7 +82,7 @@ def _update(
 
 
 def _fresh_lora(config: LoRAConfig, target: Target, seed: int) -> LoRA:
-    base_weight_of(target.module, target.path, target.site.weight_name)  # refuses a storage that cannot be read
+    stored = base_weight_of(target.module, target.path, target.site.weight_name)
     shape_A, shape_B = target.site.shapes(target.module, target.r, target.path)
     # an embedding looks up columns of A: its default starts with A zero, so that no rare token begins with a random row
     by_name = initializers.FOR_EMBEDDINGS if target.site.kind == "embedding" else initializers.INITIALIZERS
@@ -93,13 +96,28 @@ def _fresh_lora(config: LoRAConfig, target: Target, seed: int) -> LoRA:
         raise ConfigError(f"{target.path}: init 'orthogonal' is defined for matrices, not for convolutions")
     start = initializer(shape_A, shape_B, generator)
     bias = initializers.bias(config.init, shape_B, generator) if config.lora_bias else None
-    return _lora(config, start.A, start.B, target.alpha, target.r, bias)
+    magnitude = None
+    if config.delta == "dora":  # the layer's own function at first: rows as long as they are
+        weight, s = target.site.rows(stored.read(target.module)), lowrank.scale(target.alpha, target.r, config.scaling)
+        if weight.is_meta:  # a skeleton's rows have no length
+            magnitude = torch.ones(len(weight))
+        else:
+            magnitude = row_norms(weight, start.A.to(weight.device), start.B.to(weight.device), s).float()
+    return _lora(config, start.A, start.B, target.alpha, target.r, bias, magnitude)
 
 
 def _lora(
-    config: LoRAConfig, A: torch.Tensor, B: torch.Tensor, alpha: float, r: int, bias: torch.Tensor | None = None
+    config: LoRAConfig,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    alpha: float,
+    r: int,
+    bias: torch.Tensor | None = None,
+    magnitude: torch.Tensor | None = None,
 ) -> LoRA:
     s = lowrank.scale(alpha, r, config.scaling)
+    if magnitude is not None:
+        return DoRA(A, B, magnitude, alpha=alpha, s=s, dropout=config.dropout, r=r)
     return LoRA(A, B, alpha=alpha, s=s, dropout=config.dropout, r=r, bias=bias)
 
 
@@ -108,7 +126,7 @@ def loaded_updates(adapter: Adapter, targets: Targets) -> Iterator[tuple[str, La
     loras = {}
     for path, f in adapter.factors.items():
         own = {name: tensor.detach().clone() for name, tensor in f.tensors().items()}
-        loras[path] = _lora(adapter.config, own["A"], own["B"], f.alpha, f.r, own.get("B.bias"))
+        loras[path] = _lora(adapter.config, own["A"], own["B"], f.alpha, f.r, own.get("B.bias"), own.get("magnitude"))
     tokens = None
     if targets.tokens:
         rows = adapter.tokens[targets.tokens[0]].detach().float().clone()

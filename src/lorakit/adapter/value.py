@@ -14,6 +14,7 @@ from torch import nn
 
 from lorakit.adapter.config import LoRAConfig
 from lorakit.core import lowrank
+from lorakit.core.dora import dense_delta
 from lorakit.errors import AdapterError, bullet_list, nearest
 
 if TYPE_CHECKING:
@@ -22,11 +23,13 @@ if TYPE_CHECKING:
 Kind = Literal["matrix", "embedding", "convolution", "attention", "experts"]
 TAKES_BIAS = ("matrix", "convolution")
 """Kinds of layers whose B may have a bias (`LoRAConfig.lora_bias`)."""
+TAKES_MAGNITUDE = ("matrix", "embedding", "convolution")
+"""Kinds of layers that DoRA adapts."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Factors:
-    """The low-rank update of one layer: s B A, and where B has a bias, s times that for the layer's output.
+    """The update of one layer: s B A, and where B has a bias, s times that for the layer's output; or DoRA's.
 
     Attributes:
         A: (r, in); (r, in / groups, *kernel) for a convolution; (experts, r, in) for stacked experts.
@@ -36,6 +39,8 @@ class Factors:
         MultiheadAttention, or by one matrix of a stack for each token.
         bias: (out,), B's: the update of an output is s (B A x + bias). All layers of an adapter have one, or none has
         (`LoRAConfig.lora_bias`).
+        magnitude: (out,), the length of each output's row of W + s B A, which makes it DoRA: all layers of an adapter
+        have one, or none has (`LoRAConfig.delta`).
     """
 
     A: torch.Tensor
@@ -43,6 +48,7 @@ class Factors:
     alpha: float
     kind: Kind = "matrix"
     bias: torch.Tensor | None = None
+    magnitude: torch.Tensor | None = None
 
     @property
     def r(self) -> int:
@@ -64,17 +70,18 @@ class Factors:
 
     @property
     def is_zero(self) -> bool:
-        """Whether it changes nothing."""
+        """Whether it changes nothing. (A magnitude's start is the base's, which is not known here.)"""
         return not (self.A.any() and self.B.any()) and (self.bias is None or not self.bias.any())
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Its tensors by the names `Adapter.tensors` has after the path: A, B, B.bias."""
-        return {"A": self.A, "B": self.B} | ({} if self.bias is None else {"B.bias": self.bias})
+        """Its tensors by the names `Adapter.tensors` has after the path: A, B, B.bias, magnitude."""
+        named = {"A": self.A, "B": self.B, "B.bias": self.bias, "magnitude": self.magnitude}
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
 
     def to(self, dtype: torch.dtype) -> Factors:
         """The same in another dtype."""
-        bias = None if self.bias is None else self.bias.to(dtype)
-        return replace(self, A=self.A.to(dtype), B=self.B.to(dtype), bias=bias)
+        bias, magnitude = (None if t is None else t.to(dtype) for t in (self.bias, self.magnitude))
+        return replace(self, A=self.A.to(dtype), B=self.B.to(dtype), bias=bias, magnitude=magnitude)
 
     def times(self, factor: float) -> Factors:
         """The same update times `factor`, carried by B and its bias."""
@@ -86,12 +93,25 @@ class Factors:
         """
         return (self.A, self.B) if self.kind == "experts" else lowrank.blocks(self.A, self.B)
 
-    def delta(self, scaling: str) -> torch.Tensor:
-        """s B A in fp32: (out, in); (vocabulary, dim) for an embedding; (out, in / groups, *kernel) for a convolution;
-        (experts, out, in) for stacked experts, however the model lays them (gpt-oss has (experts, in, out)). The bias
-        is no part of it.
+    def delta(self, scaling: str, weight: torch.Tensor | None = None) -> torch.Tensor:
+        """The update in fp32, s B A or DoRA's: (out, in); (vocabulary, dim) for an embedding; (out, in / groups,
+        *kernel) for a convolution; (experts, out, in) for stacked experts, however the model lays them (gpt-oss has
+        (experts, in, out)). The bias is no part of it.
+
+        Args:
+            scaling: of the adapter's config.
+            weight: DoRA's alone: the base's, in the layout of the result.
+
+        Raises:
+            AdapterError: DoRA, and no weight is given.
         """
         s = lowrank.scale(self.alpha, self.r, scaling)
+        if self.magnitude is not None:
+            if weight is None:
+                raise AdapterError("a DoRA update depends on the base's weight: delta(path, weight=W) gives it")
+            rows = weight.T if self.kind == "embedding" else weight.flatten(1)
+            dense = dense_delta(rows, self.A, self.B, s, self.magnitude).float()
+            return dense.T if self.kind == "embedding" else dense.reshape(weight.shape)
         if self.kind == "convolution":
             return lowrank.convolution_delta(self.A.float(), self.B.float(), s)
         dense = lowrank.matrix_delta(self.A.float(), self.B.float(), s)
@@ -187,14 +207,18 @@ class Adapter:
         f = self._factors_of(path)
         return lowrank.scale(f.alpha, f.r, self.config.scaling)
 
-    def delta(self, path: str) -> torch.Tensor:
+    def delta(self, path: str, weight: torch.Tensor | None = None) -> torch.Tensor:
         """The dense fp32 update of the weight of the layer at module path `path`, scale included (shapes:
         `Factors.delta`); where B has a bias, the layer's output changes by `scale(path) * factors[path].bias` besides.
 
+        Args:
+            path: of the layer.
+            weight: for DoRA, whose update depends on it: the base's, in the layout of the result.
+
         Raises:
-            AdapterError: no such layer in this adapter.
+            AdapterError: no such layer in this adapter, or the weight is missing.
         """
-        return self._factors_of(path).delta(self.config.scaling)
+        return self._factors_of(path).delta(self.config.scaling, weight)
 
     def _factors_of(self, path: str) -> Factors:
         if path not in self.factors:
@@ -210,8 +234,8 @@ class Adapter:
         return sum(t.numel() * t.element_size() for t in self.tensors().values())
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Every tensor by a plain name: "<path>.A", ".B", ".B.bias", ".bias" (the layer's own), ".tokens", or the
-        parameter's own name.
+        """Every tensor by a plain name: "<path>.A", ".B", ".B.bias", ".magnitude", ".bias" (the layer's own),
+        ".tokens", or the parameter's own name.
         """
         named = {f"{path}.{name}": t for path, f in self.factors.items() for name, t in f.tensors().items()}
         named |= {f"{path}.bias": bias for path, bias in self.biases.items()}
@@ -238,6 +262,11 @@ class Adapter:
         Raises:
             AdapterError: the adapter holds trained biases or modules, which cannot be scaled without the base.
         """
+        if self.config.delta == "dora":
+            raise AdapterError(
+                "cannot scale DoRA's updates without the base; activate it with a weight instead: "
+                "handle.activate({name: weight})"
+            )
         if self.biases or self.replaced or self.tokens:
             raise AdapterError(
                 "cannot scale an adapter with trained biases, token rows or modules_to_save: they are whole tensors, "
@@ -313,7 +342,7 @@ class Adapter:
             rank_B = f.B.shape[2 if f.kind == "experts" else 1] if f.B.ndim > 1 else 0
             if f.A.ndim < 2 or rank_B == 0 or f.r % rank_B or (f.kind != "convolution" and rank_B != f.r):
                 problems.append(f"{path}: A {tuple(f.A.shape)} and B {tuple(f.B.shape)} do not belong together")
-        problems += self._bias_problems()
+        problems += self._vector_problems()
         for name, tensor in self.tensors().items():
             if not tensor.is_floating_point():
                 if name in self.replaced:  # a buffer, e.g. a batch norm's count
@@ -334,8 +363,8 @@ class Adapter:
         if problems:
             raise AdapterError(f"not a sound adapter:\n{bullet_list(problems)}")
 
-    def _bias_problems(self) -> list[str]:
-        """Biases of B that are missing, that `config.lora_bias` says are not there, or that do not fit B."""
+    def _vector_problems(self) -> list[str]:
+        """Biases of B and magnitudes that are missing, that the config says are not there, or that do not fit B."""
         problems = []
         for path, f in self.factors.items():
             if f.bias is None:
@@ -346,6 +375,18 @@ class Adapter:
                 problems.append(f"{path}: a bias of B is for matrices and convolutions, not for {f.kind}")
             elif f.bias.shape != f.B.shape[:1]:
                 shapes = f"B {tuple(f.B.shape)} and its bias {tuple(f.bias.shape)}"
+                problems.append(f"{path}: {shapes} do not belong together")
+        for path, f in self.factors.items():
+            if f.magnitude is None:
+                problems += (
+                    [f"{path}: has no magnitude, which delta 'dora' needs"] if self.config.delta == "dora" else []
+                )
+            elif self.config.delta != "dora":
+                problems.append(f"{path}: has a magnitude, which delta {self.config.delta!r} has not")
+            elif f.kind not in TAKES_MAGNITUDE:
+                problems.append(f"{path}: a magnitude is for matrices, embeddings and convolutions, not for {f.kind}")
+            elif f.magnitude.shape != f.B.shape[:1]:
+                shapes = f"B {tuple(f.B.shape)} and its magnitude {tuple(f.magnitude.shape)}"
                 problems.append(f"{path}: {shapes} do not belong together")
         return problems
 

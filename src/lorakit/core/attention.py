@@ -144,7 +144,7 @@ class AdaptedAttention(AdaptedModule):
         changes = []
         if update.lora is not None and self.lorakit_site is not None:
             flat = x.flatten(0, 1)  # of a transposed tensor, torch's bits would depend on who requires a gradient
-            changes.append(update.lora(self.lorakit_site, self, flat, y.dtype, out).view(*x.shape[:2], -1))
+            changes.append(update.lora(self.lorakit_site, self, flat, y, out).view(*x.shape[:2], -1))
         if update.bias is not None:
             own: torch.Tensor = self.get_parameter("in_proj_bias")
             changes.append((update.bias - own.float())[out].to(y.dtype).expand(1, 1, -1))

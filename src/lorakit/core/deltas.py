@@ -55,11 +55,12 @@ class LoRA(nn.Module):
         return self
 
     def forward(
-        self, site: Site, layer: nn.Module, x: torch.Tensor, dtype: torch.dtype, out: slice = slice(None)
+        self, site: Site, layer: nn.Module, x: torch.Tensor, y: torch.Tensor, out: slice = slice(None)
     ) -> torch.Tensor:
-        """The update of the layer's output for input `x`, computed and returned in `dtype` (that of the layer's own
-        output); of its features `out` alone, if given.
+        """The update of `y`, the layer's own output for input `x`, computed and returned in its dtype; of its features
+        `out` alone, if given.
         """
+        dtype = y.dtype
         if self.dropout and self.training and x.is_floating_point():  # an embedding's input are indices
             x = F.dropout(x, self.dropout)
         bias = None if self.bias is None else self.bias[out].to(dtype)
@@ -95,8 +96,8 @@ class LoRA(nn.Module):
             return None
         return kernels.LoRAOperands(layer.weight, layer.bias, self.A, self.B, self.s * weight)
 
-    def dense(self, site: Site) -> torch.Tensor:
-        """s B A in fp32, in the layout of the layer's weight."""
+    def dense(self, site: Site, weight: torch.Tensor) -> torch.Tensor:
+        """The update in fp32, s B A, in the layout of the layer's `weight`."""
         return site.dense(self.A.detach().float(), self.B.detach().float(), self.s)
 
     def extra_repr(self) -> str:
@@ -226,8 +227,8 @@ def call_replaced(
 
 
 def trainable(update: LayerUpdate | Replacement) -> Iterator[tuple[str, nn.Parameter]]:
-    """The trainable tensors by the names that optimisers use: A, B, B.bias, bias (the layer's own), tokens; or the
-    copy's own names.
+    """The trainable tensors by the names that optimisers use: A, B, B.bias, magnitude, bias (the layer's own), tokens;
+    or the copy's own names.
     """
     if isinstance(update, Replacement):
         yield from update.copy.named_parameters()

@@ -189,7 +189,7 @@ def _project(
         parts = [(held[i].weight, found, a, b) for i, a, b in group.parts if (found := loras[i]) is not None]
         if len(parts) == 1 and parts[0][2:] == (group.start, group.end) and parts[0][1][0].can_fuse(x, stack):
             weight, (lora, A, B), _, _ = parts[0]
-            y = kernels.lora_linear(mine, weights[e], None, A[e], B[e], lora.s * weight)
+            y = kernels.lora_linear(mine, kernels.LoRAOperands(weights[e], None, A[e], B[e], lora.s * weight))
         else:
             y = F.linear(mine, weights[e])
             for weight, (lora, A, B), a, b in parts:

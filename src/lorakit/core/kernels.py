@@ -65,7 +65,7 @@ def _stacked(A: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
 
 
 class LoRAOperands(NamedTuple):
-    """What one layer computes with: x W^T + b + s x A^T B^T.
+    """What one layer computes with: x W^T + b + s x A^T B^T, or gain (x W^T + s x A^T B^T) + b.
 
     Attributes:
         W: (out, in), frozen, of x's dtype.
@@ -73,6 +73,7 @@ class LoRAOperands(NamedTuple):
         A: (r, in), any floating dtype; computed with in x's, its gradient in its own.
         B: (out, r), as A.
         s: scale.
+        gain: (out,), any floating dtype, may have a gradient; None: 1.
     """
 
     W: torch.Tensor
@@ -80,10 +81,23 @@ class LoRAOperands(NamedTuple):
     A: torch.Tensor
     B: torch.Tensor
     s: float
+    gain: torch.Tensor | None = None
+
+    @property
+    def inner_bias(self) -> torch.Tensor | None:
+        """The bias that is added before a gain: none where there is one."""
+        return self.b if self.gain is None else None
+
+    def finished(self, y: torch.Tensor) -> torch.Tensor:
+        """What is computed without gain, with it."""
+        if self.gain is None:
+            return y
+        gain = self.gain.to(y.dtype)
+        return y * gain if self.b is None else torch.addcmul(self.b, y, gain)
 
 
 def lora_linears(x: torch.Tensor, layers: Sequence[LoRAOperands]) -> tuple[torch.Tensor, ...]:
-    """Every layer's x W^T + b + s x A^T B^T in one autograd node.
+    """Every layer's x W^T + b + s x A^T B^T in one autograd node; gains follow it.
 
     Args:
         x: (..., in), which all of them are given.
@@ -94,39 +108,35 @@ def lora_linears(x: torch.Tensor, layers: Sequence[LoRAOperands]) -> tuple[torch
     """
     flat = x.reshape(-1, x.shape[-1])
     scales = tuple(layer.s for layer in layers)
-    tensors = [tensor for W, b, A, B, _ in layers for tensor in (W, b, A, B)]
+    tensors = [tensor for layer in layers for tensor in (layer.W, layer.inner_bias, layer.A, layer.B)]
     results: tuple[torch.Tensor, ...] = _LoRALinears.apply(flat, scales, *tensors)  # type: ignore[no-untyped-call]
-    return tuple(y.view(*x.shape[:-1], -1) for y in results)
+    return tuple(layer.finished(y).view(*x.shape[:-1], -1) for layer, y in zip(layers, results, strict=True))
 
 
-def lora_linear(
-    x: torch.Tensor, W: torch.Tensor, b: torch.Tensor | None, A: torch.Tensor, B: torch.Tensor, s: float
-) -> torch.Tensor:
-    """x W^T + b + s x A^T B^T in one autograd node: `lora_linears` of one layer.
+def lora_linear(x: torch.Tensor, layer: LoRAOperands) -> torch.Tensor:
+    """`lora_linears` of one layer.
 
     Args:
         x: (..., in).
-        W: see `LoRAOperands`, as for the four after it.
-        b: bias.
-        A: down.
-        B: up.
-        s: scale.
+        layer: what it computes with.
 
     Returns:
         (..., out) in x's dtype.
     """
     if not torch.is_grad_enabled():  # calling the function costs more than the products of a single token
         flat = x.reshape(-1, x.shape[-1])
-        added = F.linear(flat, W, b).addmm_(flat @ A.to(x.dtype).T, B.to(x.dtype).T, alpha=s)
-        return added.view(*x.shape[:-1], -1)
-    return lora_linears(x, [LoRAOperands(W, b, A, B, s)])[0]
+        h = flat @ layer.A.to(x.dtype).T
+        added = F.linear(flat, layer.W, layer.inner_bias).addmm_(h, layer.B.to(x.dtype).T, alpha=layer.s)
+        return layer.finished(added).view(*x.shape[:-1], -1)
+    return lora_linears(x, [layer])[0]
 
 
-def lora_linear_reference(
-    x: torch.Tensor, W: torch.Tensor, b: torch.Tensor | None, A: torch.Tensor, B: torch.Tensor, s: float
-) -> torch.Tensor:
+def lora_linear_reference(x: torch.Tensor, layer: LoRAOperands) -> torch.Tensor:
     """What `lora_linear` computes, by autograd."""
-    return F.linear(x, W, b) + F.linear(F.linear(x, A.to(x.dtype)), B.to(x.dtype)) * s
+    W, b, A, B, s, gain = layer
+    y = F.linear(x, W) + F.linear(F.linear(x, A.to(x.dtype)), B.to(x.dtype)) * s
+    y = y if gain is None else y * gain.to(x.dtype)
+    return y if b is None else y + b
 
 
 class _RMSNorm(torch.autograd.Function):

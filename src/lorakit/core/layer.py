@@ -92,10 +92,11 @@ class AdaptedLayer(AdaptedModule):
                     return shared
             fused = self._fused(active, x)
             if fused is not None:
-                return kernels.lora_linear(x, *fused)
-        y: torch.Tensor = super().forward(x, *args, **kwargs)
+                return kernels.lora_linear(x, fused)
+        base: torch.Tensor = super().forward(x, *args, **kwargs)
+        y = base
         for update, weight in active:
-            for change in self._changes(update, x, y):
+            for change in self._changes(update, x, base):
                 y = y + (change if weight == 1.0 else change * weight)
         return y
 
@@ -124,7 +125,9 @@ class AdaptedLayer(AdaptedModule):
             add_stacked(route, self, routed, x, y)
             return y
         for update, rows in routed:
-            for change in self._changes(update, x[rows], y):
+            # added to in place below, where a gradient may need what it was
+            own = y[rows].clone() if torch.is_grad_enabled() else y[rows]
+            for change in self._changes(update, x[rows], own):
                 if isinstance(rows, slice):
                     y.narrow(0, rows.start, rows.stop - rows.start).add_(change)
                 else:
@@ -132,9 +135,9 @@ class AdaptedLayer(AdaptedModule):
         return y
 
     def _changes(self, update: LayerUpdate, x: torch.Tensor, y: torch.Tensor) -> Iterator[torch.Tensor]:
-        """What one adapter adds to the layer's output for input `x`, in the dtype of `y`."""
+        """What one adapter adds to `y`, the base's output for input `x`, in its dtype."""
         if update.lora is not None and self.lorakit_site is not None:
-            yield update.lora(self.lorakit_site, self, x, y.dtype)
+            yield update.lora(self.lorakit_site, self, x, y)
         if update.bias is not None:
             own: torch.Tensor = self.get_parameter("bias")
             yield self._along_output(update.bias - own.float(), y)

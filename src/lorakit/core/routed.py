@@ -39,7 +39,7 @@ def stackable(site: Site | None, routed: Sequence[tuple[LayerUpdate, Rows]], rou
 
 
 def _is_plain(lora: LoRA | None) -> bool:
-    return lora is not None and lora.bias is None and not (lora.dropout and lora.training)
+    return type(lora) is LoRA and lora.bias is None and not (lora.dropout and lora.training)
 
 
 def add_stacked(

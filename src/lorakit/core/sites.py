@@ -32,6 +32,14 @@ class Site:
     bias_dim = -1  # dimension of the output along which a bias runs
     weight_name = "weight"  # the parameter that multiplies
 
+    def rows(self, weight: torch.Tensor) -> torch.Tensor:
+        """The layer's weight as (outputs, columns); a view where it can be."""
+        return weight
+
+    def unrows(self, matrix: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """Undo `rows`: (outputs, columns) in the layout of the layer's `weight`."""
+        return matrix
+
     def shapes(self, layer: Any, r: int, path: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Shapes of A and B for rank `r`.
 
@@ -81,6 +89,14 @@ class TransposedLinearSite(LinearSite):
         """A (r, in), B (out, r)."""
         in_features, out_features = layer.weight.shape
         return (r, in_features), (out_features, r)
+
+    def rows(self, weight: torch.Tensor) -> torch.Tensor:
+        """(in, out) -> (out, in)."""
+        return weight.T
+
+    def unrows(self, matrix: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """(out, in) -> (in, out)."""
+        return matrix.T
 
     def dense(self, A: torch.Tensor, B: torch.Tensor, s: float) -> torch.Tensor:
         """(in, out)."""
@@ -143,6 +159,14 @@ class EmbeddingSite(Site):
         vocabulary, dim = layer.weight.shape
         return (r, vocabulary), (dim, r)
 
+    def rows(self, weight: torch.Tensor) -> torch.Tensor:
+        """(vocabulary, dim) -> (dim, vocabulary)."""
+        return weight.T
+
+    def unrows(self, matrix: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """(dim, vocabulary) -> (vocabulary, dim)."""
+        return matrix.T
+
     def down(self, layer: Any, x: torch.Tensor, A: torch.Tensor) -> torch.Tensor:
         """Indices (...) -> (..., r). The padding index gets no gradient, as in the layer itself."""
         return F.embedding(x, A.T, padding_idx=layer.padding_idx)
@@ -175,6 +199,14 @@ class ConvolutionSite(Site):
                 f"{path}: a convolution with {groups} groups needs a rank divisible by {groups} (got {r})"
             )
         return (r, in_per_group, *kernel), (out_channels, r // groups, *[1] * len(kernel))
+
+    def rows(self, weight: torch.Tensor) -> torch.Tensor:
+        """(out, in / groups, *kernel) -> (out, in / groups * kernel)."""
+        return weight.flatten(1)
+
+    def unrows(self, matrix: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """(out, in / groups * kernel) -> (out, in / groups, *kernel)."""
+        return matrix.view(weight.shape)
 
     def down(self, layer: Any, x: torch.Tensor, A: torch.Tensor) -> torch.Tensor:
         """(N, in, *size) -> (N, r, *size')."""

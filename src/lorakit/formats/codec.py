@@ -166,12 +166,14 @@ def whole_tensors(adapter: Adapter, consumer: str) -> list[str]:
             for name in adapter.replaced
         ),
         *(f"{path}: rows of tokens trained whole, which {consumer} does not read; merge" for path in adapter.tokens),
-        *biases_of_updates(adapter, consumer),
+        *more_than_low_rank(adapter, consumer),
     ]
 
 
-def biases_of_updates(adapter: Adapter, consumer: str) -> list[str]:
+def more_than_low_rank(adapter: Adapter, consumer: str) -> list[str]:
     """The obstacles of a format whose updates are s B A and nothing else."""
+    if adapter.config.delta == "dora":
+        return [f"its updates are DoRA's, which {consumer} does not read; merge instead, or train with delta 'lora'"]
     return [
         f"{path}: B has a bias (lora_bias), which {consumer} does not read; train without, or merge into a base with "
         "biases"

@@ -24,8 +24,8 @@ from lorakit.formats import loralib_convolution
 from lorakit.formats.codec import (
     BaseFacts,
     Context,
-    biases_of_updates,
     config_of,
+    more_than_low_rank,
     our_metadata,
     plain_layers,
     read_our_metadata,
@@ -59,7 +59,7 @@ def obstacles(adapter: Adapter, context: Context) -> list[str]:
         f"{name}: trained whole (modules_to_save), which loralib's state dicts do not hold" for name in adapter.replaced
     ]
     problems += [f"{path}: rows of tokens trained whole, which loralib has not" for path in adapter.tokens]
-    problems += biases_of_updates(adapter, "loralib") + plain_layers(adapter, "loralib")
+    problems += more_than_low_rank(adapter, "loralib") + plain_layers(adapter, "loralib")
     for path, f in adapter.factors.items():
         if f.kind == "convolution" and (why := loralib_convolution.obstacle(f)):
             problems.append(f"{path}: {why}")

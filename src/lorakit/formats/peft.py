@@ -1,9 +1,9 @@
 """PEFT's adapter folder: `adapter_config.json` and `adapter_model.safetensors`.
 
 Tensor names are `base_model.model.<path>.` and then: `lora_A.weight`, `lora_B.weight` and, with `lora_bias`,
-`lora_B.bias`; `lora_embedding_A`, `lora_embedding_B`; `base_layer.bias` or `bias` for trained biases; the module's own
-names for `modules_to_save`. Those of attentions and experts: `peft_nested`. What this version does not know is refused
-by name: a setting that is ignored may be the one that scales the update.
+`lora_B.bias`; `lora_embedding_A`, `lora_embedding_B`; DoRA's `lora_magnitude_vector`; `base_layer.bias` or `bias` for
+trained biases; the module's own names for `modules_to_save`. Those of attentions and experts: `peft_nested`. What this
+version does not know is refused by name: a setting that is ignored may be the one that scales the update.
 """
 
 from __future__ import annotations
@@ -37,8 +37,10 @@ _PREFIX = "base_model.model."
 _BESIDE = "lorakit_peft"
 _TOKENS = ".token_adapter.trainable_tokens_delta"  # the new rows, whatever the name says
 _LORA_KEY = re.compile(
-    r"(?P<path>.+)\.(?:lora_(?P<matrix>[AB])\.weight|lora_embedding_(?P<embedding>[AB])|lora_(?P<bias>B\.bias))"
+    r"(?P<path>.+)\.(?:lora_(?P<matrix>[AB])\.weight|lora_embedding_(?P<embedding>[AB])|lora_(?P<bias>B\.bias)"
+    r"|lora_(?P<magnitude>magnitude)_vector(?:\.weight)?)"
 )
+_IN_FILE = {"magnitude": "magnitude_vector"}
 
 # adapter_config.json: what says nothing about the function of the adapter ...
 _NEUTRAL = {
@@ -58,7 +60,7 @@ _NEUTRAL = {
 _READ = {
     *("r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "rank_pattern", "alpha_pattern", "bias"),
     *("modules_to_save", "layers_to_transform", "use_rslora", "init_lora_weights", "target_parameters"),
-    *("trainable_token_indices", "lora_bias"),
+    *("trainable_token_indices", "lora_bias", "use_dora"),
 }
 _OFF: tuple[Any, ...] = (None, False, {}, [], "")
 # initialisations that left the base as it was, so that the adapter means the same on it
@@ -122,6 +124,9 @@ def _named_tensors(adapter: Adapter) -> dict[str, torch.Tensor]:
             A, B = peft_nested.flat(f) if f.kind == "experts" else (_ungrouped(f), peft_nested.halved(path, f))
             tensors |= {f"{names[path]}.lora_A.weight": A, f"{names[path]}.lora_B.weight": B}
             tensors |= {} if f.bias is None else {f"{names[path]}.lora_B.bias": f.bias}
+        if f.magnitude is not None:  # PEFT broadcasts a convolution's over its output
+            shape = (1, -1, *[1] * (f.B.ndim - 2)) if f.kind == "convolution" else (-1,)
+            tensors[f"{names[path]}.lora_magnitude_vector"] = f.magnitude.view(shape)
     for path, bias in adapter.biases.items():
         tensors[peft_nested.bias_name(path, adapter.factors)] = bias
     tensors |= {path + _TOKENS: rows for path, rows in adapter.tokens.items()}
@@ -164,7 +169,7 @@ def _config_for_peft(adapter: Adapter) -> dict[str, Any]:
         "revision": None,
         "trainable_token_indices": list(config.trainable_tokens) or None,
         "task_type": next((task for end, task in _TASK_TYPES.items() if architecture.endswith(end)), None),
-        "use_dora": False,
+        "use_dora": config.delta == "dora",
         "use_rslora": config.scaling == "rslora",
         **peft_nested.settings(adapter),
     }
@@ -307,6 +312,7 @@ def read_config(values: Any, where: Path | str) -> LoRAConfig:
                 alpha_pattern=values.get("alpha_pattern") or {},
                 layers=(layers,) if isinstance(layers, int) else tuple(layers) if layers else None,
                 scaling="rslora" if values.get("use_rslora") else "lora",
+                delta="dora" if values.get("use_dora") else "lora",
                 init=_INIT_ON_PRISTINE_BASE[init],  # type: ignore[arg-type]
                 bias=values.get("bias", "none"),
                 lora_bias=values.get("lora_bias") or False,
@@ -359,7 +365,7 @@ def _sort_tensors(
         if name == key:
             problems.append(f"{key}: does not begin with {_PREFIX!r}")
         elif match := _LORA_KEY.fullmatch(name):
-            letter = match["matrix"] or match["embedding"] or match["bias"]
+            letter = match["matrix"] or match["embedding"] or match["bias"] or match["magnitude"]
             pairs.setdefault(match["path"], {})[letter] = tensors[key]
             if match["embedding"]:
                 embeddings.add(match["path"])
@@ -375,15 +381,21 @@ def _sort_tensors(
     places = peft_nested.paths(rows, config, parameters, attentions, problems)
     factors = {}
     for name, pair in pairs.items():
-        missing = [letter for letter in ("A", "B", "B.bias")[: 3 if config.lora_bias else 2] if letter not in pair]
-        problems += [f"{name}: lora_{letter} is missing" for letter in missing]
+        needed = ["A", "B", *["B.bias"] * config.lora_bias, *["magnitude"] * (config.delta == "dora")]
+        missing = [letter for letter in needed if letter not in pair]
+        problems += [f"{name}: lora_{_IN_FILE.get(letter, letter)} is missing" for letter in missing]
         if "B.bias" in pair and not config.lora_bias:
             problems.append(f"{name}: lora_B.bias is unexpected; the config's lora_bias is off")
+        elif "magnitude" in pair and config.delta != "dora":
+            problems.append(f"{name}: lora_magnitude_vector is unexpected; the config's use_dora is off")
         elif not missing and name in places:
             path, kind = places[name]
             kind = "embedding" if name in embeddings else "convolution" if pair["A"].ndim > 2 else kind
             f = _factors(pair["A"], pair["B"], path, kind, config, problems)
-            factors[path] = replace(f, bias=pair.get("B.bias"))
+            magnitude = pair.get("magnitude")
+            factors[path] = replace(
+                f, bias=pair.get("B.bias"), magnitude=None if magnitude is None else magnitude.flatten()
+            )
     if problems:
         raise AdapterFileError(f"{where}: nothing loaded:\n{bullet_list(problems)}")
     return Adapter(config=config, factors=factors, biases=biases, replaced=replaced, tokens=tokens)

@@ -175,7 +175,7 @@ class LoraConfig(PeftConfig):
 
     unsupported: ClassVar[tuple[str, ...]] = (
         *("megatron_config", "loftq_config", "eva_config", "corda_config", "lora_ga_config"),
-        *("use_dora", "alora_invocation_tokens", "use_qalora", "layer_replication"),
+        *("alora_invocation_tokens", "use_qalora", "layer_replication"),
         *("use_bdlora", "arrow_config", "velora_config", "monteclora_config", "kasa_config"),
     )
 
@@ -248,6 +248,7 @@ class LoraConfig(PeftConfig):
             rank_pattern=dict(self.rank_pattern),
             alpha_pattern=dict(self.alpha_pattern),
             scaling="rslora" if self.use_rslora else "lora",
+            delta="dora" if self.use_dora else "lora",
             init="random" if init is False else "default" if init is True else init,  # type: ignore[arg-type]
             bias=self._bias(model),  # type: ignore[arg-type]
             lora_bias=self.lora_bias,
@@ -336,6 +337,7 @@ class LoraConfig(PeftConfig):
             alpha_pattern=dict(config.alpha_pattern),
             layers_to_transform=list(config.layers) if config.layers else None,
             use_rslora=config.scaling == "rslora",
+            use_dora=config.delta == "dora",
             bias=config.bias,
             lora_bias=config.lora_bias,
             modules_to_save=list(config.modules_to_save) or None,

@@ -17,6 +17,7 @@ from lorakit.compat.peft.stacked import parameter_name
 from lorakit.core import lowrank
 from lorakit.core.attention import AdaptedAttention
 from lorakit.core.deltas import LayerUpdate, LoRA, Replacement
+from lorakit.core.dora import DoRA
 from lorakit.core.layer import AdaptedLayer, ReplacedContainer, ReplacedModule, bias_name
 from lorakit.core.sites import Site, TransposedLinearSite
 
@@ -85,6 +86,8 @@ class LoraLayer(BaseTunerLayer):
             yield theirs, parameter_name(lora, letter)
         if lora.bias is not None:
             yield f"lora_B.{name}.bias", "bias"
+        if isinstance(lora, DoRA):
+            yield f"lora_magnitude_vector.{name}.weight", "magnitude"
 
     def _trained_bias(self) -> tuple[str, nn.Parameter] | None:
         """(slot, the bias an adapter trains here); PEFT allows one such adapter a model."""
@@ -148,8 +151,9 @@ class LoraLayer(BaseTunerLayer):
 
     @property
     def lora_magnitude_vector(self) -> views.ByName:
-        """Empty: this version has no DoRA."""
-        return self.view("lora_magnitude_vector", {})
+        """Adapter name -> a module whose weight are the magnitudes, of those that are DoRA's."""
+        doras = {name: lora for name, lora in self.loras().items() if isinstance(lora, DoRA)}
+        return self.view("lora_magnitude_vector", {name: views.DoraLinearLayer(dora) for name, dora in doras.items()})
 
     @property
     def lora_dropout(self) -> views.ByName:
@@ -178,8 +182,8 @@ class LoraLayer(BaseTunerLayer):
 
     @property
     def use_dora(self) -> views.PerAdapter:
-        """Adapter name -> False."""
-        return views.PerAdapter(self.loras, lambda *_: False)
+        """Adapter name -> whether it is DoRA."""
+        return views.PerAdapter(self.loras, lambda _, lora: isinstance(lora, DoRA))
 
     @property
     def lora_bias(self) -> views.PerAdapter:
@@ -204,11 +208,13 @@ class LoraLayer(BaseTunerLayer):
         return f"lora.{name}(\n  {lines}\n)"
 
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
-        """The dense update of one adapter, scale included, in the layout and dtype of the layer's weight."""
+        """The dense update of one adapter, scale included, in the layout and dtype of the layer's weight; of DoRA the
+        change of direction, s B A, as PEFT has it.
+        """
         lora = self.loras()[adapter]
         assert self.lorakit_site is not None, "a layer with a LoRA has a site"
         weight = self.get_parameter(self.lorakit_site.weight_name)
-        return lora.dense(self.lorakit_site).to(weight)
+        return LoRA.dense(lora, self.lorakit_site, weight).to(weight)
 
     # ------------------------------------------------------------ scale
 

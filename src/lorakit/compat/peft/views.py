@@ -14,6 +14,7 @@ from torch import nn
 
 from lorakit.compat.peft.stacked import parameter_name
 from lorakit.core.deltas import LoRA
+from lorakit.core.dora import DoRA
 
 
 class ByName(nn.ModuleDict):
@@ -102,6 +103,21 @@ class Dropout(nn.Dropout):
     @p.setter
     def p(self, value: float) -> None:
         self.source[0].dropout = value
+
+
+class DoraLinearLayer(nn.Module):
+    """The magnitudes of one DoRA: its `weight` is theirs. PEFT calls a layer's so, whatever the layer."""
+
+    def __init__(self, dora: DoRA) -> None:
+        super().__init__()
+        self.source = (dora,)
+        self._parameters["weight"] = dora.magnitude
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Giving it another weight gives it to the DoRA."""
+        super().register_parameter(name, param)
+        if name == "weight" and "source" in self.__dict__ and param is not None:
+            self.source[0].magnitude = param
 
 
 class TiedFactor(nn.Module):

@@ -224,7 +224,11 @@ def _read_settings(metadata: Mapping[str, str], alone: str | None, file: Path) -
             by_component.setdefault(alone, {})[key] = value
         else:
             raise AdapterFileError(f"{where}: {key} is a setting of no component")
-    return {component: read_config(each, f"{where}: {component}") for component, each in by_component.items()}
+    configs = {component: read_config(each, f"{where}: {component}") for component, each in by_component.items()}
+    doras = [f"{component}.use_dora is True" for component, config in configs.items() if config.delta == "dora"]
+    if doras:
+        raise AdapterFileError(f"{where}: {', '.join(doras)}: this is read from PEFT's folders only")
+    return configs
 
 
 def _factors(

@@ -116,7 +116,7 @@ class DoRA(LoRA):
 
     def norms(self, site: Site, layer: nn.Module) -> torch.Tensor:
         """Lengths of the rows of W + s B A, (out,); kept until one of the three changes."""
-        weight = layer.get_parameter(site.weight_name)
+        weight = getattr(layer, site.weight_name)  # sharded, it is no parameter while it is whole
         tensors = (weight, self.A, self.B)
         if torch.compiler.is_compiling() or any(t.is_inference() for t in tensors):  # which count no versions
             return row_norms(site.rows(weight), self.A, self.B, self.s)

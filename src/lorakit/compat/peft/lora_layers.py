@@ -152,8 +152,17 @@ class LoraLayer(BaseTunerLayer):
     @property
     def lora_magnitude_vector(self) -> views.ByName:
         """Adapter name -> a module whose weight are the magnitudes, of those that are DoRA's."""
-        doras = {name: lora for name, lora in self.loras().items() if isinstance(lora, DoRA)}
-        return self.view("lora_magnitude_vector", {name: views.DoraLinearLayer(dora) for name, dora in doras.items()})
+        before = dict(self.__dict__.get("lorakit_views", {}).get("lora_magnitude_vector", {}).items())
+        found = {}
+        for adapter, lora in self.loras().items():
+            if isinstance(lora, DoRA):
+                view = before.get(adapter)
+                if view is None or view.source[0] is not lora:
+                    view = views.DoraLinearLayer(lora)
+                _refuse_sharded(view._parameters["weight"], lora.magnitude)
+                view._parameters["weight"] = lora.magnitude
+                found[adapter] = view
+        return self.view("lora_magnitude_vector", found)
 
     @property
     def lora_dropout(self) -> views.ByName:

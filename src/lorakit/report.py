@@ -93,7 +93,7 @@ def _warnings(run_dir: Path, result: Mapping[str, Any]) -> list[str]:
 
 
 def _tiles(result: Mapping[str, Any]) -> list[dict[str, str]]:
-    best = f"base model → best adapter, step {result['best_step']} of {result['total_steps']}"
+    best = f"base model → best, step {result['best_step']} of {result['total_steps']}"
     tiles = [
         {
             "label": "Validation loss",
@@ -108,6 +108,8 @@ def _tiles(result: Mapping[str, Any]) -> list[dict[str, str]]:
     ]
     if result["adapter_bytes"] is not None:
         tiles.append({"label": "Adapter file", "value": size(result["adapter_bytes"]), "detail": "safetensors, fp32"})
+    if result["model_bytes"] is not None:
+        tiles.append({"label": "Model file", "value": size(result["model_bytes"]), "detail": "safetensors, fp32"})
     if result["seconds"] > 0:
         speed = result["tokens"] / result["seconds"]
         where = f"{result['device']}, {result['dtype']}"

@@ -49,6 +49,7 @@ _ANOTHER_IN_TRAINING = {
     "compress": {"data", "output", "rank"},
     "convert": {"output"},
     "export": {"output"},
+    "extract": {"output", "rank", "target_modules", "modules_to_save"},
     "merge": {"data", "dtype", "output"},
 }
 

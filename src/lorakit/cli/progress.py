@@ -137,6 +137,8 @@ def plan_line(event: Planned) -> str:
 
 def model_line(event: ModelReady) -> str:
     """`model  494M parameters, bf16 on cpu; 168 layers adapted, r=16: 8.8M trained (1.8%)`."""
+    if not event.layers:
+        return f"model  {count(event.parameters)} parameters, {event.dtype} on {event.device}; all of them trained"
     ranks = "-".join(str(r) for r in dict.fromkeys((event.ranks[0], event.ranks[-1]))) if event.ranks else "none"
     return (
         f"model  {count(event.parameters)} parameters, {event.dtype} on {event.device}; {event.layers} layers adapted, "

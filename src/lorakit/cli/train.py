@@ -73,13 +73,21 @@ def closing_lines(run: Run) -> list[str]:
         ]
     lines = [
         f"done   best at step {run.best_step:,}, valid {run.best_loss:.3f} (base {run.initial_loss:.3f}); "
-        f"adapter {size(run.adapter_bytes or 0)} in {run.adapter}; report {run.report}"
+        + (f"adapter {size(run.adapter_bytes or 0)} in {run.adapter}" if run.adapter else "")
+        + (f"model {size(run.model_bytes or 0)} in {run.model}" if run.model else "")
+        + f"; report {run.report}"
     ]
     if run.best_loss is not None and run.initial_loss is not None and run.best_loss >= run.initial_loss:
         lines.append(
-            "note   the adapter is no better than the base on the validation rows: "
+            "note   what was trained is no better than the base on the validation rows: "
             "lower --learning-rate, or look at the data with lorakit check"
         )
+    if run.model:
+        return [
+            *lines,
+            f"next   lorakit chat --model {run.model}    lorakit eval DATA --model {run.model}    "
+            f"lorakit extract {run.model} --base BASE --rank 16 --output ADAPTER",
+        ]
     return [
         *lines,
         f"next   lorakit chat --adapter {run.adapter}    lorakit eval DATA --adapter {run.adapter}    "

@@ -41,7 +41,7 @@ _ADVICE = {
         "do_train do_eval": "lorakit train does both; lorakit eval measures on other rows",
         "train_on_inputs completion_only_loss assistant_only_loss": "set train_on to assistant or all",
         "dataset_text_field dataset_format": "leave it out: rows are told apart by their keys (text, messages, ...)",
-        "use_peft": "leave it out: what is trained is always an adapter",
+        "use_peft": "leave it out, or set method to full",
         "attn_implementation flash_attention": "leave it out: attention is chosen to suit packed rows",
         "deepspeed fsdp": "training on several devices is not in this version",
         "push_to_hub": "not in this version; `hf upload NAME RUN/best` does it",
@@ -54,6 +54,10 @@ _ADVICE = {
 _SWITCH = pydantic.BeforeValidator(lambda value: {True: "on", False: "off"}.get(value, value))
 # as transformers writes "not set"
 _MINUS_ONE_IS_NONE = pydantic.BeforeValidator(lambda value: None if type(value) is int and value == -1 else value)
+
+
+def _default_adapter() -> LoRAConfig:
+    return LoRAConfig(r=8)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,8 +102,9 @@ class TrainConfig(Config):
     output: Place | None = None
     """Run folder to create; None: runs/NAME-1, with the name of the data, or the first such number that is free."""
 
-    method: Literal["sft"] = "sft"
-    """How the adapter is trained. sft: supervised fine-tuning, on the mean cross-entropy of `train_on`'s tokens."""
+    method: Literal["sft", "full"] = "sft"
+    """What is trained, on the mean cross-entropy of `train_on`'s tokens. sft: an adapter. full: every weight of the
+    model, in fp32, to compare with; `lorakit extract` makes an adapter of what it came to."""
 
     validation: Place | None = None
     """Validation rows; None holds out `validation_share` of the training rows."""
@@ -107,7 +112,7 @@ class TrainConfig(Config):
     validation_share: float = 0.05
     """Share of rows held out when no validation file is given, above 0 and below 1 (at most 500 rows, at least 1)."""
 
-    lora: LoRAConfig = field(default_factory=lambda: LoRAConfig(r=8))
+    lora: LoRAConfig = field(default_factory=_default_adapter)
     """The adapter. Rank 8, where LoRAConfig has 16: half the file for nearly the same result."""
 
     epochs: float = 1.0
@@ -138,7 +143,7 @@ class TrainConfig(Config):
 
     learning_rate: float | None = None
     """Peak learning rate of AdamW; None: 1.2 / the model's width, at most 3e-3 (SmolLM2-135M: 2.1e-3, width
-    4096: 2.9e-4)."""
+    4096: 2.9e-4), and a tenth of that for method full."""
 
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """Course of the learning rate after warm-up: to zero along a cosine or a line, or constant."""
@@ -225,6 +230,12 @@ class TrainConfig(Config):
                 f"validation_share: must be above 0 and below 1 (got {self.validation_share}); the best step is "
                 "chosen on held-out rows, so there must be some: set a small share, or a file of them as validation"
             )
+        if self.method == "full" and self.lora != _default_adapter():
+            found.append(
+                "lora: has no meaning with method full, which trains every weight and no adapter; leave it out"
+            )
+        if self.method == "full" and self.dtype not in ("auto", "fp32"):
+            found.append(f"dtype: full fine-tuning moves weights by less than {self.dtype} can hold; fp32 or auto")
         if self.resume and self.output is None:
             found.append("resume: needs output, the folder of the run to go on with")
         return found

@@ -19,14 +19,15 @@ def warmup_steps(config: TrainConfig, total_steps: int) -> int:
     return min(math.ceil(config.warmup * total_steps), total_steps - 1)
 
 
-def default_learning_rate(width: int) -> float:
-    """The peak rate where none is given: 1.2 / width, at most 3e-3, to two digits.
+def default_learning_rate(width: int, *, full: bool = False) -> float:
+    """The peak rate where none is given: 1.2 / width, at most 3e-3, to two digits; a tenth of it where all weights are
+    trained (`full`), as is the rule of thumb.
 
     The constant is measured at width 576, where 2e-3 and 3e-3 do equally well (docs/log.md: E2E, learning rate and
     rank); that the best rate falls as 1 / width is the rule of maximal update parametrisation (arXiv 2203.03466), not
     measured here.
     """
-    return float(f"{min(3e-3, 1.2 / width):.2g}")
+    return float(f"{min(3e-3, 1.2 / width) / (10 if full else 1):.2g}")
 
 
 def learning_rate(config: TrainConfig, step: int, total_steps: int) -> float:

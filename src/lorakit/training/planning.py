@@ -146,10 +146,13 @@ class Planner:
         self.model = load_skeleton(config.model).to(machine.DTYPES[config.dtype])
         self.parameters = sum(p.numel() for p in self.model.parameters())
         self.weights = sum(t.numel() * t.element_size() for t in (*self.model.parameters(), *self.model.buffers()))
-        handle = attach(self.model, config.lora, check_base=False)
+        full = config.method == "full"
+        if not full:
+            attach(self.model, config.lora, check_base=False)
         self.model.to("meta")
         self.share = not has_dropout(self.model)  # as `loop.ready` has it
-        self.trained = sum(p.numel() for p in handle.trainable_parameters())
+        self.trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        self.trained_memory = (BYTES_TRAINED - 4 * full) * self.trained  # trained weights are counted as weights
         self.process = machine.resident_memory() if torch.device(config.device).type == "cpu" else CUDA_CONTEXT
 
     def plan(self, limit: int | None) -> RunPlan:
@@ -186,7 +189,7 @@ class Planner:
             process=self.process,
             held=HELD_ON_CPU if torch.device(self.config.device).type == "cpu" else 0,
             weights=self.weights,
-            adapter=BYTES_TRAINED * self.trained,
+            adapter=self.trained_memory,
             training=step.peak,
             activations=step.kept - step.logits,
             logits=step.logits,

@@ -18,8 +18,6 @@ from typing import Any
 import torch
 
 from lorakit import machine
-from lorakit.adapter.attach import AttachedAdapters, attach
-from lorakit.adapter.value import Adapter
 from lorakit.data.chat import ChatFormat, Example, Prompt
 from lorakit.data.prepare import Data, read_data
 from lorakit.data.schema import schema_of
@@ -27,7 +25,6 @@ from lorakit.data.sources import located
 from lorakit.errors import ModelError, RunError, bullet_list
 from lorakit.files import (
     JsonLines,
-    atomic_folder,
     free_folder,
     locked_folder,
     read_json,
@@ -45,13 +42,13 @@ from lorakit.training.identity import differences, identity_of, machine_changes
 from lorakit.training.loop import Fitted, Plan, fit, restore_tensors
 from lorakit.training.optim import default_learning_rate
 from lorakit.training.planning import Planner, checkpoint_activations
-from lorakit.training.verify import weights_checksum
+from lorakit.training.subject import Subject, subject_of
 from lorakit.version import __version__
 
-ADAPTER_NAME = "default"
 EVALUATIONS = 4  # a run, unless eval_steps says otherwise or they would take more than their share of its time
 EVALUATION_SHARE = 0.1
 CHECKPOINTS = 8  # a run, unless save_steps or eval_steps says otherwise
+FULL_CHECKPOINTS = 2  # a run that trains all weights: each holds four times the model
 SAMPLE_TOKENS = 64
 _CONTENTS = (
     "run.yaml",
@@ -72,7 +69,10 @@ class Run:
 
     directory: str
     adapter: str | None
-    """Folder of the best adapter; None where an interrupted run has none yet."""
+    """Folder of the best adapter; None where an interrupted run has none yet, and for method full."""
+
+    model: str | None
+    """Method full: folder of the best model."""
 
     interrupted: bool
     stopped_early: bool
@@ -100,6 +100,7 @@ class Run:
     parameters: int
     trained_parameters: int
     adapter_bytes: int | None
+    model_bytes: int | None
     dtype: str
     device: str
     report: str
@@ -150,33 +151,33 @@ def _train(config: TrainConfig, folder: Path, on_event: OnEvent) -> Run:
     machine.keep_freed_memory()
     model, _ = load_model(config.model, config.dtype, config.device)
     if config.learning_rate is None:
-        config = config.replace(learning_rate=default_learning_rate(model.get_input_embeddings().weight.shape[1]))
+        width = model.get_input_embeddings().weight.shape[1]
+        config = config.replace(learning_rate=default_learning_rate(width, full=config.method == "full"))
     checkpoint_activations(model, on=config.gradient_checkpointing == "on")
-    adapters = attach(model, config.lora, ADAPTER_NAME, seed=config.seed)
-    tensors = adapters.trainable_tensors(ADAPTER_NAME)
-    base_before = weights_checksum(model)
-    on_event(_model_ready(adapters, config))
+    subject = subject_of(model, config)
+    about = subject.ready(config)
+    on_event(about)
 
-    identity = identity_of(config, train_examples, valid_examples, chat.template, adapters.base_info(), device)
+    identity = identity_of(config, train_examples, valid_examples, chat.template, subject.base_info, device)
     checkpoint = _checkpoint(folder, identity, on_event) if config.resume else None
     write_text(folder / "run.yaml", _located(config, folder).to_yaml())
     write_json(folder / "data.json", data.statistics())
     samples = _Samples(folder / "samples.json", model, chat, _sample_prompts(config.samples, data, chat, model))
-    with adapters.disabled():
+    with subject.untrained():
         samples.take("before", on_event)
 
     def save_best() -> None:
-        _save_adapter(adapters, chat.tokenizer, folder / "best")
+        subject.save(folder / "best", chat.tokenizer)
 
     if config.resume:  # what lies there may be of later steps than the checkpoint
         shutil.rmtree(folder / "best", ignore_errors=True)
     if checkpoint is not None and checkpoint.best:
-        restore_tensors(tensors, checkpoint.best)
+        restore_tensors(subject.tensors, checkpoint.best)
         save_best()
     with _out_of_memory_told(config, folder, train_examples):
         fitted = fit(
             model,
-            tensors,
+            subject.tensors,
             train_examples,
             valid_examples,
             config,
@@ -186,15 +187,15 @@ def _train(config: TrainConfig, folder: Path, on_event: OnEvent) -> Run:
             on_event=on_event,
             on_best=save_best,
         )
-    if weights_checksum(model) != base_before:
+    if not subject.check_base():
         raise RunError(
             f"{folder}: the base model's weights changed during training, so this adapter fits no base; discard it"
         )
     if not fitted.interrupted:
-        _save_adapter(adapters, chat.tokenizer, folder / "last")
-        _put_best_in_place(fitted, adapters, folder / "best")
+        subject.save(folder / "last", chat.tokenizer)
+        _put_best_in_place(fitted, subject, folder / "best")
         samples.take("after", on_event)
-    result = _result(folder, fitted, adapters, config, plan.total_steps)
+    result = _result(folder, fitted, about, subject.trained_file, plan.total_steps)
     write_json(folder / "result.json", result.to_dict())
     write_report(folder)
     return result
@@ -299,13 +300,15 @@ def _out_of_memory_told(config: TrainConfig, folder: Path, train: Sequence[Examp
 
 def resolved(config: TrainConfig, device: torch.device, plan: Plan, valid_tokens: int) -> TrainConfig:
     """Every "auto" and None that stands for a number, replaced by what it comes to here."""
-    dtype = machine.resolve_dtype(config.dtype, device)
+    full = config.method == "full"
+    dtype = machine.resolve_dtype("fp32" if full and config.dtype == "auto" else config.dtype, device)
+    checkpoints = FULL_CHECKPOINTS if full else CHECKPOINTS
     return config.replace(
         device=str(device),
         dtype=next(name for name, known in machine.DTYPES.items() if known == dtype),
         eval_steps=config.eval_steps
         or math.ceil(plan.total_steps / _evaluations(plan, valid_tokens, config.early_stop)),
-        save_steps=config.save_steps or config.eval_steps or math.ceil(plan.total_steps / CHECKPOINTS),
+        save_steps=config.save_steps or config.eval_steps or math.ceil(plan.total_steps / checkpoints),
     )
 
 
@@ -376,31 +379,24 @@ def _checkpoint(folder: Path, identity: dict[str, Any], on_event: OnEvent) -> Ch
     return checkpoint
 
 
-# ---------------------------------------------------------------- the adapter and its samples
+# ---------------------------------------------------------------- what was trained, and its samples
 
 
-def _save_adapter(adapters: AttachedAdapters, tokenizer: Any, target: Path) -> None:
-    """Adapter, tokenizer and chat template as one folder, whole or not at all."""
-    with atomic_folder(target) as building:
-        adapters.save(ADAPTER_NAME, building)
-        tokenizer.save_pretrained(building)
-
-
-def _put_best_in_place(fitted: Fitted, adapters: AttachedAdapters, saved: Path) -> None:
-    """Give the model its best adapter, and prove that what was saved is that one.
+def _put_best_in_place(fitted: Fitted, subject: Subject, saved: Path) -> None:
+    """Give the model the best of what was trained, and prove that what was saved is that.
 
     Raises:
-        RunError: it is not, or no step changed the adapter.
+        RunError: it is not, or no step changed anything.
         AdapterFileError: what was saved cannot be read back.
     """
     if not fitted.best:
         raise RunError(
-            f"{saved.parent}: none of the {fitted.cursor.step} steps changed the adapter (all were skipped by fp16 "
+            f"{saved.parent}: none of the {fitted.cursor.step} steps changed anything (all were skipped by fp16 "
             "scaling): use --dtype fp32 or bf16, or more steps"
         )
-    restore_tensors(adapters.trainable_tensors(ADAPTER_NAME), fitted.best)
-    if Adapter.load(saved).digest() != adapters.extract(ADAPTER_NAME).digest():
-        raise RunError(f"{saved}: what was read back is not the best adapter of this run")
+    restore_tensors(subject.tensors, fitted.best)
+    if not subject.check_saved(saved):
+        raise RunError(f"{saved}: what was read back is not the best of this run")
 
 
 def _sample_prompts(number: int, data: Data, chat: ChatFormat, model: Any) -> list[Prompt]:
@@ -449,26 +445,15 @@ class _Samples:
 # ---------------------------------------------------------------- what is told
 
 
-def _model_ready(adapters: AttachedAdapters, config: TrainConfig) -> ModelReady:
-    summary = adapters.summary()
-    own = summary["adapters"][ADAPTER_NAME]
-    return ModelReady(
-        parameters=summary["base_parameters"],
-        dtype=config.dtype,
-        device=config.device,
-        layers=own["layers"],
-        ranks=tuple(own["ranks"]),
-        trained=own["parameters"],
-    )
-
-
-def _result(folder: Path, fitted: Fitted, adapters: AttachedAdapters, config: TrainConfig, total_steps: int) -> Run:
-    cursor, summary = fitted.cursor, adapters.summary()
+def _result(folder: Path, fitted: Fitted, about: ModelReady, trained_file: str, total_steps: int) -> Run:
+    cursor = fitted.cursor
     rows = JsonLines(folder / "metrics.jsonl").rows()
-    weights = folder / "best" / "adapter_model.safetensors"
+    best = folder / "best" if fitted.best else None
+    of_adapter = bool(about.layers)
     return Run(
         directory=str(folder),
-        adapter=str(folder / "best") if fitted.best else None,
+        adapter=str(best) if best and of_adapter else None,
+        model=str(best) if best and not of_adapter else None,
         interrupted=fitted.interrupted,
         stopped_early=fitted.stopped_early,
         step=cursor.step,
@@ -480,11 +465,12 @@ def _result(folder: Path, fitted: Fitted, adapters: AttachedAdapters, config: Tr
         train_loss=next((row["loss"] for row in reversed(rows) if "loss" in row), None),
         seconds=cursor.seconds,
         tokens=cursor.tokens,
-        parameters=summary["base_parameters"],
-        trained_parameters=summary["adapters"][ADAPTER_NAME]["parameters"],
-        adapter_bytes=weights.stat().st_size if fitted.best else None,
-        dtype=config.dtype,
-        device=config.device,
+        parameters=about.parameters,
+        trained_parameters=about.trained,
+        adapter_bytes=(best / trained_file).stat().st_size if best and of_adapter else None,
+        model_bytes=(best / trained_file).stat().st_size if best and not of_adapter else None,
+        dtype=about.dtype,
+        device=about.device,
         report=str(folder / "report.html"),
         lorakit_version=__version__,
     )

@@ -1,0 +1,162 @@
+"""What a run trains: an adapter on a frozen base, or every weight of the model (`method: full`). Knows how each is put
+in place, saved and proved; knows no steps.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from lorakit.adapter import fingerprint
+from lorakit.adapter.attach import attach
+from lorakit.adapter.value import Adapter, BaseInfo
+from lorakit.core.layer import base_parameters
+from lorakit.errors import RunError
+from lorakit.files import atomic_folder, read_safetensors
+from lorakit.gguf_cache import quiet
+from lorakit.training.config import TrainConfig
+from lorakit.training.events import ModelReady
+from lorakit.training.verify import weights_checksum
+
+ADAPTER_NAME = "default"
+
+
+class Subject(Protocol):
+    """What is trained, inside the model.
+
+    Attributes:
+        tensors: by stable names, the trainable parameters.
+        base_info: fingerprint of the model as it was before.
+        trained_file: of the saved folder, the file whose size is told.
+    """
+
+    tensors: Mapping[str, torch.nn.Parameter]
+    base_info: BaseInfo
+    trained_file: str
+
+    def untrained(self) -> AbstractContextManager[None]:
+        """Within the block, before any step, the model is the base."""
+        ...
+
+    def save(self, target: Path, tokenizer: Any) -> None:
+        """Write it, with tokenizer and chat template, as one folder, whole or not at all."""
+        ...
+
+    def check_base(self) -> bool:
+        """Whether all that was not to be trained is as it was."""
+        ...
+
+    def check_saved(self, saved: Path) -> bool:
+        """Whether what `save` wrote is what the model holds, read back."""
+        ...
+
+    def ready(self, config: TrainConfig) -> ModelReady:
+        """What is to be told of it."""
+        ...
+
+
+class TrainedAdapter:
+    """An adapter, attached and active; the base stays as it is."""
+
+    trained_file = "adapter_model.safetensors"
+
+    def __init__(self, model: Any, config: TrainConfig) -> None:
+        self._model = model
+        self._adapters = attach(model, config.lora, ADAPTER_NAME, seed=config.seed)
+        self._base_before = weights_checksum(model)
+        self.tensors: Mapping[str, torch.nn.Parameter] = self._adapters.trainable_tensors(ADAPTER_NAME)
+        self.base_info = self._adapters.base_info()
+
+    def untrained(self) -> AbstractContextManager[None]:
+        """As `Subject`."""
+        return self._adapters.disabled()
+
+    def save(self, target: Path, tokenizer: Any) -> None:
+        """As `Subject`: in PEFT's format."""
+        with atomic_folder(target) as building:
+            self._adapters.save(ADAPTER_NAME, building)
+            tokenizer.save_pretrained(building)
+
+    def check_base(self) -> bool:
+        """As `Subject`: by a checksum over every bit of the base."""
+        return weights_checksum(self._model) == self._base_before
+
+    def check_saved(self, saved: Path) -> bool:
+        """As `Subject`.
+
+        Raises:
+            AdapterFileError: it cannot be read back.
+        """
+        return Adapter.load(saved).digest() == self._adapters.extract(ADAPTER_NAME).digest()
+
+    def ready(self, config: TrainConfig) -> ModelReady:
+        """As `Subject`."""
+        summary = self._adapters.summary()
+        own = summary["adapters"][ADAPTER_NAME]
+        return ModelReady(
+            parameters=summary["base_parameters"],
+            dtype=config.dtype,
+            device=config.device,
+            layers=own["layers"],
+            ranks=tuple(own["ranks"]),
+            trained=own["parameters"],
+        )
+
+
+class TrainedModel:
+    """Every weight of the model."""
+
+    trained_file = "model.safetensors"
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        self.base_info = fingerprint.of(model, list(base_parameters(model).items()))
+        self.tensors: Mapping[str, torch.nn.Parameter] = base_parameters(model)
+        for tensor in self.tensors.values():
+            if tensor.dtype != torch.float32:
+                raise RunError(
+                    f"full fine-tuning moves weights by less than {tensor.dtype} can hold: use --dtype fp32 (or auto)"
+                )
+            tensor.requires_grad_(True)
+
+    def untrained(self) -> AbstractContextManager[None]:
+        """As `Subject`: before any step, it is."""
+        return contextlib.nullcontext()
+
+    def save(self, target: Path, tokenizer: Any) -> None:
+        """As `Subject`: as transformers saves models, in one file of fp32."""
+        with atomic_folder(target) as building, quiet(progress_bars=False):
+            self._model.save_pretrained(building, max_shard_size="1TB")
+            tokenizer.save_pretrained(building)
+
+    def check_base(self) -> bool:
+        """As `Subject`: nothing was to stay."""
+        return True
+
+    def check_saved(self, saved: Path) -> bool:
+        """As `Subject`."""
+        found, _ = read_safetensors(saved / self.trained_file)
+        own = {name: tensor.detach().cpu() for name, tensor in self._model.state_dict().items()}
+        return all(torch.equal(tensor, own[name]) for name, tensor in found.items())
+
+    def ready(self, config: TrainConfig) -> ModelReady:
+        """As `Subject`."""
+        number = sum(tensor.numel() for tensor in self.tensors.values())
+        return ModelReady(
+            parameters=number, dtype=config.dtype, device=config.device, layers=0, ranks=(), trained=number
+        )
+
+
+def subject_of(model: Any, config: TrainConfig) -> Subject:
+    """What `config` trains, put in place in a model just loaded.
+
+    Raises:
+        TargetError: the adapter's config names what is not in the model.
+        RunError: full fine-tuning in another dtype than fp32.
+    """
+    return TrainedModel(model) if config.method == "full" else TrainedAdapter(model, config)

@@ -76,7 +76,9 @@ def extract(tuned: str | Path, base: str | Path, config: LoRAConfig, *, seed: in
         )
     targets = find_targets(skeleton, config)
     factors, errors, norms = {}, {}, {}
-    unchanged, replaced, left_out = [], {}, {}
+    unchanged: list[str] = []
+    replaced: dict[str, torch.Tensor] = {}
+    left_out: dict[str, float] = {}
     with before.open() as old, after.open() as new:
 
         def difference(name: str) -> torch.Tensor:

@@ -233,6 +233,18 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     return values
 
 
+def plain_value(text: str) -> Any:
+    """A value as it is written in YAML: `64` is a number, `[q_proj, v_proj]` a list.
+
+    Raises:
+        ConfigError: it is no YAML.
+    """
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{text!r} is no value as YAML has it") from error
+
+
 class _UniqueKeyLoader(yaml.SafeLoader):
     """Safe loader that refuses a key given twice (PyYAML keeps the last one silently) and reads 1e-3 as a number."""
 

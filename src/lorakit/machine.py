@@ -6,6 +6,7 @@ import ctypes
 import functools
 import os
 import platform
+import sys
 import time
 from pathlib import Path
 
@@ -94,6 +95,19 @@ def resident_memory() -> int:
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except (OSError, ValueError, IndexError):
         return 0
+
+
+def peak_memory(device: torch.device | str) -> int | None:
+    """Most bytes that this process has held: on a GPU what torch's tensors took, else of main memory; None where that
+    is not told (Windows).
+    """
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if sys.platform == "win32":
+        return None
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def memory_for(device: torch.device | str) -> int | None:

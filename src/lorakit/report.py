@@ -114,6 +114,8 @@ def _tiles(result: Mapping[str, Any]) -> list[dict[str, str]]:
         speed = result["tokens"] / result["seconds"]
         where = f"{result['device']}, {result['dtype']}"
         tiles.append({"label": "Speed", "value": f"{speed:,.0f} tokens/s", "detail": where})
+        if result["peak_memory"] is not None:
+            tiles.append({"label": "Peak memory", "value": size(result["peak_memory"]), "detail": "of the process"})
         tiles.append(
             {"label": "Training time", "value": duration(result["seconds"]), "detail": f"{result['tokens']:,} tokens"}
         )

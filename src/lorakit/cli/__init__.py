@@ -29,6 +29,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "chat": ("lorakit.cli.chat", "Talk with a model and its adapter."),
     "combine": ("lorakit.cli.combine", "Make one adapter of several."),
     "compress": ("lorakit.cli.compress", "Lower an adapter's rank, as far as held-out rows allow."),
+    "compare": ("lorakit.cli.compare", "Train with several methods and say which does how well."),
     "extract": ("lorakit.cli.extract", "Make an adapter of a fully fine-tuned model and its base."),
     "inspect": ("lorakit.cli.inspect", "Show what an adapter changes, layer by layer."),
     "merge": ("lorakit.cli.merge", "Fold adapters into their base, verify, write a plain model."),

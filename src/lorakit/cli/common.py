@@ -46,6 +46,7 @@ _ANOTHER_IN_TRAINING = {
     "generate": {"output", "batch_size"},
     "demo": {"output"},
     "combine": {"method", "output", "rank"},
+    "compare": {"output"},
     "compress": {"data", "output", "rank"},
     "convert": {"output"},
     "export": {"output"},

@@ -97,6 +97,9 @@ class Run:
     tokens: int
     """Tokens that went through the model in steps."""
 
+    peak_memory: int | None
+    """Most bytes that the process held; on a GPU, that torch's tensors took. None where the system does not tell."""
+
     parameters: int
     trained_parameters: int
     adapter_bytes: int | None
@@ -465,6 +468,7 @@ def _result(folder: Path, fitted: Fitted, about: ModelReady, trained_file: str, 
         train_loss=next((row["loss"] for row in reversed(rows) if "loss" in row), None),
         seconds=cursor.seconds,
         tokens=cursor.tokens,
+        peak_memory=machine.peak_memory(about.device),
         parameters=about.parameters,
         trained_parameters=about.trained,
         adapter_bytes=(best / trained_file).stat().st_size if best and of_adapter else None,

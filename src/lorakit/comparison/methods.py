@@ -1,0 +1,64 @@
+"""What can be compared: names for settings of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from lorakit.adapter.config import LoRAConfig
+from lorakit.config import plain_value
+from lorakit.errors import ConfigError, nearest
+
+# name -> settings of TrainConfig; those of the adapter under "lora"
+METHODS: dict[str, dict[str, Any]] = {
+    "lora": {},
+    "rslora": {"lora": {"scaling": "rslora"}},
+    "dora": {"lora": {"delta": "dora"}},
+    "gaussian": {"lora": {"init": "gaussian"}},
+    "orthogonal": {"lora": {"init": "orthogonal"}},
+    "attention": {"lora": {"target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]}},
+    "mlp": {"lora": {"target_modules": ["gate_proj", "up_proj", "down_proj"]}},
+    "full": {"method": "full"},
+}
+
+
+@dataclass(frozen=True)
+class Method:
+    """One method of a comparison.
+
+    Attributes:
+        name: as it was written.
+        settings: of TrainConfig, over those that all methods share.
+    """
+
+    name: str
+    settings: Mapping[str, Any] = field(default_factory=dict, hash=False)
+
+
+def parse_method(text: str) -> Method:
+    """A method from `name` or `name:setting=value:...`, settings being those of a LoRAConfig or a TrainConfig.
+
+    >>> parse_method("lora:r=64").settings
+    {'lora': {'r': 64}}
+
+    Raises:
+        ConfigError: an unknown name, with the nearest, or a setting without a value.
+    """
+    name, *parts = text.split(":")
+    if name not in METHODS:
+        guess = nearest(name, METHODS)
+        raise ConfigError(
+            f"methods: no method {name!r}; "
+            + (f"nearest: {', '.join(guess)}" if guess else f"known: {', '.join(METHODS)}")
+        )
+    settings: dict[str, Any] = {k: dict(v) if isinstance(v, dict) else v for k, v in METHODS[name].items()}
+    for part in parts:
+        key, equals, value = part.partition("=")
+        if not equals:
+            raise ConfigError(f"methods: {text!r}: {part!r} is no setting=value")
+        spelled = LoRAConfig.aliases.get(key, key)
+        of_adapter = spelled in LoRAConfig.__dataclass_fields__ or spelled in LoRAConfig.switches
+        place = settings.setdefault("lora", {}) if of_adapter else settings
+        place[key] = plain_value(value)
+    return Method(text, settings)

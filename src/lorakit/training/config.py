@@ -178,6 +178,9 @@ class TrainConfig(Config):
     template.
     """
 
+    token_cache: bool = True
+    """Keep the tokens of large data files in the user's cache folder, and read them from there the next time."""
+
     eval_steps: int | None = None
     """Steps between evaluations; None: four times a run, less often (at least twice) where that would take more than a
     tenth of its time."""

@@ -212,7 +212,9 @@ def read(config: TrainConfig) -> Data:
     """
     tokenizer = load_tokenizer(config.model)
     chat = ChatFormat(tokenizer, stop_ids(None, tokenizer), config.max_length, config.chat_template, config.train_on)
-    return read_data(config.data, config.validation, config.validation_share, config.seed, chat)
+    return read_data(
+        config.data, config.validation, config.validation_share, config.seed, chat, token_cache=config.token_cache
+    )
 
 
 def _made_to_fit(config: TrainConfig, data: Data, on_event: OnEvent) -> TrainConfig:

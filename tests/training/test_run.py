@@ -2,9 +2,7 @@
 
 import json
 import math
-import os
 import shutil
-import signal
 from pathlib import Path
 
 import pytest
@@ -25,18 +23,7 @@ from lorakit.training.loop import Plan
 from lorakit.training.objectives import mean_loss
 from lorakit.training.run import _as_begun, _evaluations, _new_folder, read, train
 from lorakit.training.verify import weights_checksum
-from tiny_runs import adapter_bytes, assert_same_run, configured, metrics, rows, write_rows
-
-
-class StopAt:
-    """Interrupts the run, as Ctrl-C would, when a step is done."""
-
-    def __init__(self, step):
-        self.step = step
-
-    def __call__(self, event):
-        if isinstance(event, StepDone) and event.step == self.step:
-            os.kill(os.getpid(), signal.SIGINT)
+from tiny_runs import StopAt, adapter_bytes, assert_same_run, configured, metrics, rows, write_rows
 
 
 @pytest.fixture(scope="module")

@@ -52,6 +52,8 @@ _ADVICE = {
 
 # as transformers and axolotl write it
 _SWITCH = pydantic.BeforeValidator(lambda value: {True: "on", False: "off"}.get(value, value))
+# as YAML reads a bare off
+_FALSE_IS_OFF = pydantic.BeforeValidator(lambda value: "off" if value is False else value)
 # as transformers writes "not set"
 _MINUS_ONE_IS_NONE = pydantic.BeforeValidator(lambda value: None if type(value) is int and value == -1 else value)
 
@@ -132,6 +134,10 @@ class TrainConfig(Config):
     gradient_checkpointing: Annotated[Literal["auto", "on", "off"], _SWITCH] = "auto"
     """Keep only what enters each layer and compute the rest again in the backward pass: less memory for a third more
     time. auto: where the run would not fit otherwise (see lorakit plan)."""
+
+    cache_trunk: Annotated[Literal["off", "memory", "disk"], _FALSE_IS_OFF] = "off"
+    """Where only upper layers are trained (lora: layers): run the layers below them once for each row, and keep what
+    comes out in memory or in the run folder while it runs. Changes results by rounding only."""
 
     max_length: int = 1024
     """Longest row in tokens; longer rows are cut so that labels remain, and counted."""

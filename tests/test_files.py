@@ -572,3 +572,28 @@ def test_a_folder_that_cannot_be_made_cannot_be_locked(tmp_path):
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(FileError, match="cannot be locked"), files.locked_folder(tmp_path / "file"):
         pass
+
+
+# ---------------------------------------------------------------- the cache folder
+
+
+def test_the_cache_folder_is_where_the_user_wants_it(monkeypatch, tmp_path):
+    monkeypatch.setenv("LORAKIT_CACHE", str(tmp_path))
+    assert files.cache_folder() == tmp_path
+    monkeypatch.delenv("LORAKIT_CACHE")
+    assert files.cache_folder().name == "lorakit"
+
+
+def test_room_is_made_by_what_was_longest_unused(tmp_path):
+    for age, name in enumerate("abcd"):
+        (tmp_path / name).write_bytes(bytes(10))
+        os.utime(tmp_path / name, (1000 - age, 1000 - age))
+    (tmp_path / "a").chmod(0o400)
+    files.mark_used(tmp_path / "d")
+    files.mark_used(tmp_path / "gone")
+    files.make_room(tmp_path, 40)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "c", "d"]
+    files.make_room(tmp_path, 25)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "d"]
+    files.make_room(tmp_path, 0)
+    assert list(tmp_path.iterdir()) == []

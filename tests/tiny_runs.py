@@ -1,9 +1,12 @@
 """A tiny task, and what tests of runs ask about a run folder."""
 
 import json
+import os
+import signal
 
 from lorakit.files import JsonLines
 from lorakit.training.config import TrainConfig
+from lorakit.training.events import StepDone
 from tiny_models import byte_tokenizer, tiny_llama
 
 COLOURS = ("red", "green", "blue", "amber", "teal", "pink", "grey", "lime", "gold", "rust")
@@ -33,6 +36,17 @@ def save_base(folder):
 def save_data(folder):
     """(training file of 40 rows, validation file of 6)."""
     return write_rows(folder / "train.jsonl", rows(40)), write_rows(folder / "valid.jsonl", rows(6, start=1000))
+
+
+class StopAt:
+    """Interrupts the run, as Ctrl-C would, when a step is done."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def __call__(self, event):
+        if isinstance(event, StepDone) and event.step == self.step:
+            os.kill(os.getpid(), signal.SIGINT)
 
 
 def configured(settings, output, **changes):

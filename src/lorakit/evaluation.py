@@ -19,6 +19,7 @@ from lorakit import models
 from lorakit.adapter.attach import attach, base_only
 from lorakit.adapter.value import Adapter
 from lorakit.data.chat import ChatFormat, Example
+from lorakit.data.encoding import encode_rows
 from lorakit.data.sources import Row, each_row, read_rows
 from lorakit.errors import ConfigError, DataError, FileError, nearest
 from lorakit.files import parse_json
@@ -316,7 +317,7 @@ def encoded(chat_format: ChatFormat, rows: Sequence[Row]) -> list[Example]:
     Raises:
         DataError: rows that cannot be used; lists the first ones.
     """
-    return [example for examples in each_row(chat_format.encode, rows, _UNMEASURABLE) for example in examples]
+    return [example for examples in encode_rows(rows, chat_format, _UNMEASURABLE) for example in examples]
 
 
 def _answers(

@@ -11,7 +11,6 @@ import importlib
 import importlib.util
 import io
 import logging
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,13 +21,6 @@ from lorakit.errors import FileError, MissingDependencyError, ModelError, bullet
 _CACHE_FORMAT = 1  # part of the cache key: raise it when what a conversion writes changes
 
 _log = logging.getLogger(__name__)
-
-
-def cache_folder() -> Path:
-    """Where converted models are kept: LORAKIT_CACHE, else the user's cache folder (~/.cache/lorakit on Linux)."""
-    import platformdirs
-
-    return Path(os.environ.get("LORAKIT_CACHE") or platformdirs.user_cache_dir("lorakit"))
 
 
 def converted_gguf(path: str | Path) -> Path:
@@ -43,7 +35,7 @@ def converted_gguf(path: str | Path) -> Path:
     """
     import filelock
 
-    folder = cache_folder() / "gguf" / f"{files.sha256_file(path)}-v{_CACHE_FORMAT}"
+    folder = files.cache_folder() / "gguf" / f"{files.sha256_file(path)}-v{_CACHE_FORMAT}"
     if _is_whole(folder):
         return folder
     try:

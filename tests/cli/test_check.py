@@ -64,6 +64,17 @@ def test_json_holds_the_tokens_of_the_rows_shown(model, data):
     assert json.loads(check(data, "--model", model, "--json", "--rows", 0).stdout)["rows"] == []
 
 
+def test_tokens_are_kept_unless_told_not_to(model, data, tmp_path, monkeypatch):
+    monkeypatch.setenv("LORAKIT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("lorakit.data.token_cache.WORTHWHILE", 0)
+    without = check(data, "--model", model, "--no-token-cache")
+    assert without.exit_code == 0, without.output
+    assert not (tmp_path / "cache").exists()
+    assert check(data, "--model", model).output == without.output
+    assert len(list((tmp_path / "cache" / "tokens").iterdir())) == 2  # training and validation rows
+    assert check(data, "--model", model).output == without.output
+
+
 @pytest.mark.parametrize("count", [1, 3])
 def test_rows_that_leave_nothing_to_hold_out_are_shown_all_the_same(model, data, count):
     data.write_text((json.dumps({"messages": messages("What?", "Blue.")}) + "\n") * count)

@@ -16,7 +16,7 @@ from lorakit.cli import main
 from lorakit.cli.progress import TrainingDisplay
 from lorakit.config import read_yaml
 from lorakit.training.config import TrainConfig
-from lorakit.training.events import Evaluated, Phase, Resumed, StepDone
+from lorakit.training.events import Evaluated, Phase, Resumed, StepDone, TrunkKept
 from lorakit.training.run import train
 from tiny_runs import metrics, save_base, save_data
 
@@ -149,6 +149,11 @@ def test_display_without_a_terminal_is_plain_lines():
     assert lines[3].startswith("step 8/10  loss 1.500  valid 1.250  400 tok/s  ")
     assert lines[3].endswith(" left  best so far")
     assert len(lines) == 4
+
+
+def test_display_says_what_is_kept_of_the_trunk():
+    line = "trunk  20 layers run once; 248,439 tokens of what they put out, 286 MB, are kept in memory\n"
+    assert shown([TrunkKept(20, 248_439, 286_201_728, "memory")], terminal=False) == line
 
 
 def test_display_on_a_terminal_moves_and_leaves_the_same_lines():

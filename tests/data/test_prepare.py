@@ -97,7 +97,7 @@ def test_the_gate_looks_at_the_tokens_whoever_made_them(monkeypatch, change, rea
     end = next(iter(chat_format.stop_ids))
     wrong = dataclasses.replace(good, ids=[20, 21, 22, 23, end])
     wrong = dataclasses.replace(wrong, **change)
-    monkeypatch.setattr(chat_format, "encode", lambda _: [wrong])
+    monkeypatch.setattr(chat_format, "examples", lambda *_: [wrong])
     with pytest.raises(
         DataError, match=rf"1 row\(s\) would train nothing or the wrong thing:\n  - data.jsonl:1: {reason}"
     ):

@@ -2,9 +2,7 @@
 
 import json
 import math
-import os
 import shutil
-import signal
 from pathlib import Path
 
 import pytest
@@ -23,20 +21,9 @@ from lorakit.training.config import TrainConfig
 from lorakit.training.events import DataReady, Evaluated, ModelReady, Resumed, StepDone
 from lorakit.training.loop import Plan
 from lorakit.training.objectives import mean_loss
-from lorakit.training.run import _as_begun, _evaluations, _new_folder, train
+from lorakit.training.run import _as_begun, _evaluations, _new_folder, read, train
 from lorakit.training.verify import weights_checksum
-from tiny_runs import adapter_bytes, assert_same_run, configured, metrics, rows, write_rows
-
-
-class StopAt:
-    """Interrupts the run, as Ctrl-C would, when a step is done."""
-
-    def __init__(self, step):
-        self.step = step
-
-    def __call__(self, event):
-        if isinstance(event, StepDone) and event.step == self.step:
-            os.kill(os.getpid(), signal.SIGINT)
+from tiny_runs import StopAt, adapter_bytes, assert_same_run, configured, metrics, rows, write_rows
 
 
 @pytest.fixture(scope="module")
@@ -136,6 +123,17 @@ def test_user_random_state_is_untouched(settings, tmp_path):
     torch.manual_seed(7)
     train(configured(settings, tmp_path / "run", max_steps=2, samples=0))
     assert torch.equal(torch.rand(3), expected)
+
+
+def test_rows_are_read_with_and_without_the_token_cache(settings, tmp_path, monkeypatch):
+    monkeypatch.setenv("LORAKIT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("lorakit.data.token_cache.WORTHWHILE", 0)
+    without = read(configured(settings, tmp_path / "run", token_cache=False))
+    assert not (tmp_path / "cache").exists()
+    for _ in range(2):
+        kept = read(configured(settings, tmp_path / "run"))
+        assert (kept.train, kept.valid) == (without.train, without.valid)
+    assert len(list((tmp_path / "cache" / "tokens").iterdir())) == 2
 
 
 def test_base_files_are_untouched(settings, tmp_path, base_folder):

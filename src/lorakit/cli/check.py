@@ -63,6 +63,12 @@ _LONGEST_RUN = 120  # tokens shown of a stretch that is all trained or all not; 
     show_default=True,
     help="Which tokens carry loss: assistant turns with their end token, or every token.",
 )
+@click.option(
+    "--token_cache/--no_token_cache",
+    default=TrainConfig.token_cache,
+    show_default=True,
+    help="Keep the tokens of large data files in the user's cache folder, and read them from there the next time.",
+)
 def command(
     data: str,
     model: str,
@@ -73,6 +79,7 @@ def command(
     max_length: int,
     chat_template: str,
     train_on: Any,
+    token_cache: bool,
     as_json: bool,
 ) -> None:
     """Show what a model will see of the rows of DATA, and refuse what would train nothing or the wrong thing.
@@ -86,7 +93,7 @@ def command(
 
     tokenizer = load_tokenizer(model)
     chat_format = ChatFormat(tokenizer, stop_ids(None, tokenizer), max_length, chat_template, train_on)
-    result = inspect_data(data, validation, validation_share, seed, chat_format)
+    result = inspect_data(data, validation, validation_share, seed, chat_format, token_cache=token_cache)
     tokenizer = result.chat_format.tokenizer
     origins = [row.origin for row in result.train.rows[:rows]]
     shown = [example for example in result.train.examples if example.origin in origins]

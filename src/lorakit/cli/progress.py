@@ -21,6 +21,7 @@ from lorakit.training.events import (
     Planned,
     Resumed,
     StepDone,
+    TrunkKept,
 )
 
 _PLAIN_SECONDS = 30.0  # between plain lines, besides those at evaluations
@@ -70,6 +71,8 @@ class TrainingDisplay:
                 self._console.print(plan_line(event))
             case ModelReady():
                 self._console.print(model_line(event))
+            case TrunkKept():
+                self._console.print(trunk_line(event))
             case Resumed():
                 self._say_resumed(event)
             case StepDone():
@@ -133,6 +136,14 @@ def plan_line(event: Planned) -> str:
         return f"plan   peak memory unknown: {event.note}"
     of = "" if event.limit is None else f" of {size(event.limit)}"
     return f"plan   peak {size(event.peak)}{of}" + (f"; {event.note}" if event.note else "")
+
+
+def trunk_line(event: TrunkKept) -> str:
+    """`trunk  20 layers run once; 248,439 tokens of what they put out, 286 MB, are kept in memory`."""
+    return (
+        f"trunk  {event.layers} layers run once; {event.tokens:,} tokens of what they put out, {size(event.nbytes)}, "
+        f"are kept in {event.where}"
+    )
 
 
 def model_line(event: ModelReady) -> str:

@@ -101,7 +101,7 @@ def collate(examples: Sequence[Example], indices: Sequence[int], *, share: bool 
             tokens before it, and their gradient is the sum over the rows that have them.
     """
     assert all(examples[i].ids and not examples[i].trained[0] for i in indices), "a row is empty or trains its start"
-    read = {i: _read(examples[i]) for i in indices}
+    read = {i: read_ids(examples[i]) for i in indices}
     if share:
         indices = sorted(indices, key=lambda i: (read[i], i))
     chosen = [read[i] for i in indices]
@@ -126,8 +126,8 @@ def collate(examples: Sequence[Example], indices: Sequence[int], *, share: bool 
     )
 
 
-def _read(example: Example) -> list[int]:
-    """The tokens before its last target; the first one of an example without targets."""
+def read_ids(example: Example) -> list[int]:
+    """What the model reads of an example: its tokens before the last target; without targets, the first one."""
     last = max((i for i, trained in enumerate(example.trained) if trained), default=1)
     return example.ids[:last]
 

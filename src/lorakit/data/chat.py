@@ -90,16 +90,49 @@ class Prompt:
 
 
 @dataclass(frozen=True)
+class WrittenTurn:
+    """An assistant turn in its context, as text."""
+
+    prompt: str
+    full: str
+    """The prompt and all that follows it."""
+
+    answer: str
+    """The answer as the template writes it, without its end."""
+
+
+@dataclass(frozen=True)
+class Written:
+    """A row as text. All that could be refused has been: what is left is to look up tokens."""
+
+    origin: Origin
+    turns: tuple[WrittenTurn, ...]
+    """Those to train; none for a plain text."""
+
+    conversation: Conversation | None = None
+    """What a template wrote; None where none did."""
+
+    text: str = ""
+    """A plain text, trained as a whole."""
+
+    def texts(self) -> Iterator[str]:
+        """Every text of which the tokens will be wanted (of few rows, of some more)."""
+        if not self.turns:
+            yield self.text
+        for turn in self.turns:
+            yield turn.prompt
+            yield turn.full
+
+
+@dataclass(frozen=True)
 class _Turn:
-    """An assistant turn in its context."""
+    """An assistant turn in its context, as tokens."""
 
     prompt: list[int]
     answer: list[int]
     """Ends with a stop token."""
 
     eos_appended: bool
-    text: str
-    """The answer as the template writes it, without its end."""
 
 
 class ChatFormat:
@@ -161,22 +194,65 @@ class ChatFormat:
     def encode(self, row: Row) -> list[Example]:
         """A row's examples: one, or several where a template rewrites history or the row is long.
 
+        The plain way; `encoding.encode_rows` does the same for many rows in less time.
+
+        Raises:
+            DataError: begins with the row's file and line.
+        """
+        return self.examples(self.write(row), self.ids)
+
+    def write(self, row: Row) -> Written:
+        """A row as text.
+
         Raises:
             DataError: begins with the row's file and line.
         """
         parsed = parse_row(row)
+        if isinstance(parsed, PlainText):
+            return Written(row.origin, (), text=parsed.text)
         try:
-            if isinstance(parsed, PlainText):
-                ids = self._plain(parsed.text)
-                ended = ids[-1] in self.stop_ids
-                return list(self._windows(ids if ended else [*ids, self._eos], row.origin, eos_appended=not ended))
             if isinstance(parsed, PromptCompletion):
                 if self.template is None:
-                    return self._finished([(self._plain_turn(parsed), 0)], row.origin)
+                    return Written(row.origin, (_plain_turn(parsed, self._stop_texts),))
                 parsed = _as_conversation(parsed)
-            return self._finished(self._turns(parsed), row.origin)
+            return Written(row.origin, self._turns(parsed), parsed)
         except DataError as error:
             raise DataError(f"{row.origin}: {error}") from error
+
+    def examples(self, written: Written, ids: Callable[[str], list[int]]) -> list[Example]:
+        """A written row's examples.
+
+        Args:
+            written: by this format.
+            ids: `self.ids`, or what gives the same.
+        """
+        if not written.turns:
+            tokens = self._begun(ids(written.text))
+            ended = tokens[-1] in self.stop_ids
+            whole = tokens if ended else [*tokens, self._eos]
+            return list(self._windows(whole, written.origin, eos_appended=not ended))
+        if self.train_on == "all":
+            turn = self._split(written.turns[-1], written, ids)
+            return list(self._windows([*turn.prompt, *turn.answer], written.origin, turn.eos_appended))
+        return self._joined([self._split(turn, written, ids) for turn in written.turns], written)
+
+    def ids(self, text: str) -> list[int]:
+        """Tokens of text that brings its own special tokens: none are added, so BOS is never doubled."""
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+        return ids
+
+    def ids_of_all(self, texts: Sequence[str]) -> list[list[int]]:
+        """`ids` of each of them, in one call: a fast tokenizer divides them among the processor's cores."""
+        if not texts:
+            return []
+        ids: list[list[int]] = self.tokenizer(
+            list(texts),
+            add_special_tokens=False,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,
+        ).input_ids
+        return ids
 
     def for_rows(self, rows: Sequence[Row]) -> ChatFormat:
         """This format, or the one with `chatml-tools` if rows have tools or calls that this one leaves out.
@@ -218,13 +294,15 @@ class ChatFormat:
                 asked = _until_last_answer(asked)
             if isinstance(asked, PromptCompletion):
                 if self.template is None:
-                    return Prompt(self._plain(asked.prompt), asked.references or (asked.completion,), row.origin)
+                    return Prompt(
+                        self._begun(self.ids(asked.prompt)), asked.references or (asked.completion,), row.origin
+                    )
                 asked = _as_conversation(asked)
             if not asked.answered:
                 return Prompt(self._asked(asked.messages, asked.tools, self._dated), asked.references, row.origin)
             turn, last = self._turn(asked, len(asked.messages) - 1), asked.messages[-1]
-            answer = turn.text if last.tool_calls else last.content
-            return Prompt(turn.prompt, asked.references or (answer,), row.origin)
+            answer = turn.answer.strip() if last.tool_calls else last.content
+            return Prompt(self.ids(turn.prompt), asked.references or (answer,), row.origin)
         except DataError as error:
             raise DataError(f"{row.origin}: {error}") from error
 
@@ -253,7 +331,7 @@ class ChatFormat:
         """
         if isinstance(prompt, str):
             if self.template is None:
-                return self._plain(prompt)
+                return self._begun(self.ids(prompt))
             prompt = [{"role": "user", "content": prompt}]
         return self._asked(parse_messages(list(prompt)), parse_tools(tools), self.tokenizer)
 
@@ -262,23 +340,18 @@ class ChatFormat:
         self._require_template()
         text = render(tokenizer, messages, tools, add_generation_prompt=True)
         check_prompt(text, messages, tools)
-        return self._ids(text)
+        return self.ids(text)
 
     # ------------------------------------------------------------ turns
 
-    def _turns(self, conversation: Conversation) -> list[tuple[_Turn, int]]:
-        """The turns to train, each with the length of the prompt's head that a cut should keep."""
+    def _turns(self, conversation: Conversation) -> tuple[WrittenTurn, ...]:
+        """The turns to train."""
         places = [i for i, m in enumerate(conversation.messages) if m.role == "assistant"]
         if self.train_on == "assistant":
             places = [i for i in places if conversation.messages[i].trained]
-        turns = []
-        for place in places:
-            turn = self._turn(conversation, place)
-            long = len(turn.prompt) + len(turn.answer) > self.max_length
-            turns.append((turn, self._head(conversation, turn.prompt) if long else 0))
-        return turns
+        return tuple(self._turn(conversation, place) for place in places)
 
-    def _turn(self, conversation: Conversation, place: int) -> _Turn:
+    def _turn(self, conversation: Conversation, place: int) -> WrittenTurn:
         """The assistant turn at `messages[place]`."""
         self._require_template()
         messages, tools = conversation.messages, conversation.tools
@@ -298,25 +371,25 @@ class ChatFormat:
         answer_text = continuation[: min(ends)] if ends else continuation
         check_prompt(prompt, context, tools)
         check_continuation(answer_text, message)
-        return self._split(self._ids, prompt, continuation, answer_text)
+        return WrittenTurn(prompt, full, answer_text)
 
-    def _plain_turn(self, pair: PromptCompletion) -> _Turn:
-        """Prompt and completion without a template; the completion may bring its own end token."""
-        ends = [(found, text) for text in self._stop_texts if (found := pair.completion.find(text)) >= 0]
-        for place, text in ends:
-            if pair.completion[place + len(text) :].strip():
-                raise DataError(f"'completion' holds {text!r}, at which generation stops, before its end; remove it")
-        return self._split(self._plain, pair.prompt, pair.completion, pair.completion)
+    # ------------------------------------------------------------ tokens of turns
 
-    def _split(self, encode: Callable[[str], list[int]], prompt: str, continuation: str, text: str) -> _Turn:
+    def _split(self, turn: WrittenTurn, written: Written, ids: Callable[[str], list[int]]) -> _Turn:
         """Tokens of prompt and answer: of both together, as models know text, unless a token would span the border."""
-        prompt_ids, together = encode(prompt), encode(prompt + continuation)
-        size = len(prompt_ids)
-        answer = together[size:] if together[:size] == prompt_ids else self._ids(continuation)
+        prompt, full = ids(turn.prompt), ids(turn.full)
+        if written.conversation is None:
+            prompt, full = self._begun(prompt), self._begun(full)
+        size = len(prompt)
+        answer = full[size:] if full[:size] == prompt else ids(turn.full[len(turn.prompt) :])
         stops = [place for place, token in enumerate(answer) if token in self.stop_ids]
         if stops:
-            return _Turn(prompt_ids, answer[: stops[0] + 1], False, text.strip())
-        return _Turn(prompt_ids, [*answer, self._eos], True, text.strip())
+            return _Turn(prompt, answer[: stops[0] + 1], False)
+        return _Turn(prompt, [*answer, self._eos], True)
+
+    def _begun(self, ids: list[int]) -> list[int]:
+        """Tokens of text without a template, begun with BOS where the tokenizer does so and the text does not."""
+        return ids if ids[:1] == self._start else self._start + ids
 
     def _head(self, conversation: Conversation, prompt: list[int]) -> int:
         """How many of the prompt's first tokens a cut should keep: BOS and the system turn."""
@@ -329,20 +402,18 @@ class ChatFormat:
                 text = render(
                     self._dated, conversation.messages[:system], conversation.tools, add_generation_prompt=False
                 )
-                beginning = self._ids(text)
+                beginning = self.ids(text)
             except DataError:
                 pass  # a template that writes the system turn into the user's cannot render it alone
         return _common_length(beginning, prompt)
 
     # ------------------------------------------------------------ examples
 
-    def _finished(self, turns: Sequence[tuple[_Turn, int]], origin: Origin) -> list[Example]:
-        if self.train_on == "all":
-            turn, _ = turns[-1]
-            return list(self._windows([*turn.prompt, *turn.answer], origin, turn.eos_appended))
+    def _joined(self, turns: Sequence[_Turn], written: Written) -> list[Example]:
+        """One example, as long as the tokens so far are a prefix of the next turn's prompt; then another."""
         examples: list[Example] = []
-        for turn, head in turns:
-            example = self._example(turn, head, origin)
+        for turn in turns:
+            example = self._example(turn, written)
             before = examples[-1] if examples else None
             if before is not None and not example.prompt_cut and turn.prompt[: len(before.ids)] == before.ids:
                 trained = before.trained + example.trained[len(before.ids) :]
@@ -351,7 +422,7 @@ class ChatFormat:
                 examples.append(example)
         return examples
 
-    def _example(self, turn: _Turn, head: int, origin: Origin) -> Example:
+    def _example(self, turn: _Turn, written: Written) -> Example:
         """Prompt and answer, cut to max_length so that the answer and its end stay.
 
         First the prompt is cut, from the left but behind its head; only an answer that leaves it less than a quarter of
@@ -362,6 +433,7 @@ class ChatFormat:
         room = self.max_length - len(answer)
         prompt = turn.prompt
         if len(prompt) > room:
+            head = 0 if written.conversation is None else self._head(written.conversation, prompt)
             head = head if 2 * head <= room else 0
             prompt = prompt[:head] + prompt[len(prompt) - room + head :]
         trained = [False] * len(prompt) + [True] * len(answer)
@@ -370,7 +442,7 @@ class ChatFormat:
         return Example(
             prompt + answer,
             trained,
-            origin,
+            written.origin,
             ends=not answer_cut,
             prompt_cut=len(turn.prompt) - len(prompt),
             answer_cut=answer_cut,
@@ -387,24 +459,21 @@ class ChatFormat:
                 window, [False] + [True] * (len(window) - 1), origin, ends=last, eos_appended=last and eos_appended
             )
 
-    # ------------------------------------------------------------ tokens
-
-    def _ids(self, text: str) -> list[int]:
-        """Tokens of text that brings its own special tokens: none are added, so BOS is never doubled."""
-        ids: list[int] = self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids
-        return ids
-
-    def _plain(self, text: str) -> list[int]:
-        """Tokens of text without a template, begun with BOS where the tokenizer does so and the text does not."""
-        ids = self._ids(text)
-        return ids if ids[:1] == self._start else self._start + ids
-
     def _require_template(self) -> None:
         if self.template is None:
             raise DataError(
                 "messages need a chat template, and the tokenizer has none (or none was asked for): "
                 "use --chat-template chatml, or chatml-tools for tools"
             )
+
+
+def _plain_turn(pair: PromptCompletion, stop_texts: Sequence[str]) -> WrittenTurn:
+    """Prompt and completion without a template; the completion may bring its own end token."""
+    ends = [(found, text) for text in stop_texts if (found := pair.completion.find(text)) >= 0]
+    for place, text in ends:
+        if pair.completion[place + len(text) :].strip():
+            raise DataError(f"'completion' holds {text!r}, at which generation stops, before its end; remove it")
+    return WrittenTurn(pair.prompt, pair.prompt + pair.completion, pair.completion)
 
 
 def _as_conversation(pair: PromptCompletion) -> Conversation:

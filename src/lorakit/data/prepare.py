@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from lorakit.data.chat import ChatFormat, Example
+from lorakit.data.encoding import encode_rows
 from lorakit.data.schema import Conversation, Parsed, PlainText, PromptCompletion, parse_row, schema_of
 from lorakit.data.sources import Origin, Row, each_row, read_rows
 from lorakit.data.statistics import Statistics, measure
+from lorakit.data.token_cache import cached_examples
 from lorakit.errors import DataError, bullet_list
 
 _UNTRAINABLE = "{bad} row(s) cannot be trained on"
@@ -90,8 +92,13 @@ class Data(TrainingData):
 # ---------------------------------------------------------------- the gate
 
 
-def prepare(rows: Sequence[Row] | str | Path, chat_format: ChatFormat) -> Dataset:
+def prepare(rows: Sequence[Row] | str | Path, chat_format: ChatFormat, *, token_cache: bool = True) -> Dataset:
     """Turn rows into examples.
+
+    Args:
+        rows: rows, or where to read them.
+        chat_format: makes the tokens.
+        token_cache: whether tokens of many rows may be read from the user's cache folder, and kept there.
 
     Raises:
         DataError: rows that cannot be read, fit no schema, that the template cannot show whole, or that would train
@@ -101,7 +108,11 @@ def prepare(rows: Sequence[Row] | str | Path, chat_format: ChatFormat) -> Datase
     if not rows:
         raise DataError("no rows")
     parsed = each_row(parse_row, rows, _UNTRAINABLE)
-    examples = each_row(chat_format.encode, rows, _UNTRAINABLE)
+
+    def encode() -> list[list[Example]]:
+        return encode_rows(rows, chat_format, _UNTRAINABLE)
+
+    examples = cached_examples(rows, parsed, chat_format, encode) if token_cache else encode()
     _refuse_wrong_masks(examples, chat_format)
     schemas = [schema_of(row.fields) for row in rows]
     statistics = measure(rows, parsed, schemas, examples, chat_format)
@@ -137,7 +148,13 @@ def _refuse_no_end(statistics: Statistics) -> None:
 
 
 def read_data(
-    data: str | Path, validation: str | Path | None, share: float, seed: int, chat_format: ChatFormat
+    data: str | Path,
+    validation: str | Path | None,
+    share: float,
+    seed: int,
+    chat_format: ChatFormat,
+    *,
+    token_cache: bool = True,
 ) -> Data:
     """Training and validation rows, past the gate.
 
@@ -147,18 +164,25 @@ def read_data(
         share: of the rows held out.
         seed: of the choice.
         chat_format: makes the tokens; `Data.chat_format` is the one that did.
+        token_cache: see `prepare`.
 
     Raises:
         DataError: with the reasons, see `prepare`; or no validation rows are given and none can be held out.
     """
-    found = inspect_data(data, validation, share, seed, chat_format)
+    found = inspect_data(data, validation, share, seed, chat_format, token_cache=token_cache)
     if not isinstance(found, Data):
         raise DataError(f"{data}: {_nothing_held_out(found.train.rows)}; give validation rows with --validation FILE")
     return found
 
 
 def inspect_data(
-    data: str | Path, validation: str | Path | None, share: float, seed: int, chat_format: ChatFormat
+    data: str | Path,
+    validation: str | Path | None,
+    share: float,
+    seed: int,
+    chat_format: ChatFormat,
+    *,
+    token_cache: bool = True,
 ) -> TrainingData:
     """As `read_data`, but where no validation rows can be held out, the training rows alone.
 
@@ -171,11 +195,12 @@ def inspect_data(
     else:
         train_rows, valid_rows = rows, read_rows(validation, VALIDATION_SPLITS)
     chat_format = chat_format.for_rows([*train_rows, *valid_rows])
-    train = prepare(train_rows, chat_format)
+    train = prepare(train_rows, chat_format, token_cache=token_cache)
     if not valid_rows:
         return TrainingData(train, chat_format)
     shared = overlap(train_rows, valid_rows)
-    return Data(train, chat_format, prepare(valid_rows, chat_format), validation is None, shared)
+    valid = prepare(valid_rows, chat_format, token_cache=token_cache)
+    return Data(train, chat_format, valid, validation is None, shared)
 
 
 def split(rows: Sequence[Row], share: float, seed: int) -> tuple[list[Row], list[Row]]:

@@ -127,16 +127,43 @@ def each_row(function: Callable[[Row], T], rows: Sequence[Row], complaint: str) 
     Raises:
         DataError: at least one row was refused.
     """
-    results, problems = [], []
-    for row in rows:
-        try:
-            results.append(function(row))
-        except DataError as error:
-            text = str(error)
-            problems.append(text if text.startswith(str(row.origin)) else f"{row.origin}: {text}")
-    if problems:
-        raise DataError(f"{complaint.format(bad=len(problems), all=len(rows))}:\n{bullet_list(problems)}")
+    refusals = Refusals()
+    results = refusals.results(function, rows)
+    refusals.tell(complaint)
     return results
+
+
+class Refusals:
+    """What functions of rows refused, to be told together."""
+
+    def __init__(self) -> None:
+        self.problems: list[str] = []
+        self._rows = 0
+
+    def results(self, function: Callable[[Row], T], rows: Sequence[Row]) -> list[T]:
+        """`function` of each row that it does not refuse."""
+        results = []
+        for row in rows:
+            try:
+                results.append(function(row))
+            except DataError as error:
+                text = str(error)
+                self.problems.append(text if text.startswith(str(row.origin)) else f"{row.origin}: {text}")
+        self._rows += len(rows)
+        return results
+
+    def tell(self, complaint: str) -> None:
+        """Go on if nothing was refused.
+
+        Args:
+            complaint: as in `each_row`.
+
+        Raises:
+            DataError: something was.
+        """
+        if self.problems:
+            head = complaint.format(bad=len(self.problems), all=self._rows)
+            raise DataError(f"{head}:\n{bullet_list(self.problems)}")
 
 
 def _read_bytes(name: str, path: Path) -> bytes:

@@ -4,6 +4,7 @@ Writing is atomic, of files (`single`) and of folders (`folders`). Reading is st
 (`json_files`, `tensors`): damage is an error that names the file and the place.
 """
 
+from lorakit.files.cache import cache_folder, make_room, mark_used
 from lorakit.files.folders import (
     MANIFEST,
     atomic_folder,
@@ -31,10 +32,13 @@ __all__ = [
     "JsonLines",
     "SafetensorsWriter",
     "atomic_folder",
+    "cache_folder",
     "free_folder",
     "fsync_folder",
     "is_vacant",
     "locked_folder",
+    "make_room",
+    "mark_used",
     "open_safetensors",
     "parse_json",
     "read_bytes",

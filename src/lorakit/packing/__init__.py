@@ -95,14 +95,21 @@ def packed_logits(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
 
 def has_dropout(model: torch.nn.Module) -> bool:
     """Whether the model draws anything in train mode; shared tokens would then have one draw for all their rows."""
-    layers = any(
-        module.p > 0 if isinstance(module, _DropoutNd) else isinstance(module, LoRA) and module.dropout > 0
-        for module in model.modules()
-    )
-    return layers or any(
-        ("drop" in key or "jitter" in key) and isinstance(value, int | float) and value > 0
+    return any(map(draws, model.modules())) or bool(settings_that_draw(model))
+
+
+def draws(module: torch.nn.Module) -> bool:
+    """Whether this module itself, without its parts, is known to draw in train mode."""
+    return module.p > 0 if isinstance(module, _DropoutNd) else isinstance(module, LoRA) and module.dropout > 0
+
+
+def settings_that_draw(model: torch.nn.Module) -> list[str]:
+    """The model's settings by which functions in it may draw in train mode, as "name value"."""
+    return [
+        f"{key} {value}"
         for key, value in _settings(model)
-    )
+        if ("drop" in key or "jitter" in key) and isinstance(value, int | float) and value > 0
+    ]
 
 
 def _settings(model: torch.nn.Module) -> Iterator[tuple[str, Any]]:

@@ -99,10 +99,10 @@ class Layout:
 
     def __init__(self, lengths: Sequence[int], forks: Sequence[int]) -> None:
         places = row_places(lengths, forks)
-        rows = [Row(place[fork:], place) for place, fork in zip(places, forks, strict=True)]
+        self.rows = [Row(place[fork:], place) for place, fork in zip(places, forks, strict=True)]
         self.windows: set[int | None] = set()  # that attention layers have asked for
-        self.long = [row for row in rows if row.scores >= _LONG_ROW]
-        self._short = [row for row in rows if row.scores < _LONG_ROW]
+        self.long = [row for row in self.rows if row.scores >= _LONG_ROW]
+        self._short = [row for row in self.rows if row.scores < _LONG_ROW]
         self._made: dict[tuple[int | None, torch.device, int | None, int, int], ShortRows] = {}
         self._visible: dict[tuple[int, torch.device, int | None], torch.Tensor | None] = {}
         self._order: dict[torch.device, torch.Tensor] = {}

@@ -52,6 +52,8 @@ _ADVICE = {
 
 # as transformers and axolotl write it
 _SWITCH = pydantic.BeforeValidator(lambda value: {True: "on", False: "off"}.get(value, value))
+# as YAML reads a bare off
+_FALSE_IS_OFF = pydantic.BeforeValidator(lambda value: "off" if value is False else value)
 # as transformers writes "not set"
 _MINUS_ONE_IS_NONE = pydantic.BeforeValidator(lambda value: None if type(value) is int and value == -1 else value)
 
@@ -138,6 +140,10 @@ class TrainConfig(Config):
     """Keep only what enters each layer and compute the rest again in the backward pass: less memory for a third more
     time. auto: where the run would not fit otherwise (see lorakit plan)."""
 
+    cache_trunk: Annotated[Literal["off", "memory", "disk"], _FALSE_IS_OFF] = "off"
+    """Where only upper layers are trained (lora: layers): run the layers below them once for each row, and keep what
+    comes out in memory or in the run folder while it runs. Changes results by rounding only."""
+
     max_length: int = 1024
     """Longest row in tokens; longer rows are cut so that labels remain, and counted."""
 
@@ -182,6 +188,9 @@ class TrainConfig(Config):
     """auto: the tokenizer's own; a template lorakit ships (see lorakit check --help); a Jinja file; none: no
     template.
     """
+
+    token_cache: bool = True
+    """Keep the tokens of large data files in the user's cache folder, and read them from there the next time."""
 
     eval_steps: int | None = None
     """Steps between evaluations; None: four times a run, less often (at least twice) where that would take more than a

@@ -42,6 +42,16 @@ class Planned:
 
 
 @dataclass(frozen=True)
+class TrunkKept:
+    """What the layers below the trained ones put out is computed once for each row, and kept."""
+
+    layers: int
+    tokens: int
+    nbytes: int
+    where: str
+
+
+@dataclass(frozen=True)
 class Resumed:
     """The run goes on from a checkpoint; newer ones were `damaged`, and this of the machine has `changed`."""
 
@@ -87,5 +97,5 @@ class Phase:
     text: str
 
 
-Event = DataReady | Planned | ModelReady | Resumed | StepDone | Evaluated | Checkpointed | Phase
+Event = DataReady | Planned | ModelReady | TrunkKept | Resumed | StepDone | Evaluated | Checkpointed | Phase
 OnEvent = Callable[[Event], None]

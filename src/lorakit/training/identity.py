@@ -18,7 +18,7 @@ from lorakit.version import __version__
 
 # Where things lie (what lies there is compared instead; the device under `machine`), and what is kept beside the run.
 _PLACES = {"model", "data", "validation", "validation_share", "output", "device"}
-_BESIDE = {"resume", "keep_checkpoints", "save_steps", "samples"}
+_BESIDE = {"resume", "keep_checkpoints", "save_steps", "samples", "token_cache"}
 
 
 def identity_of(

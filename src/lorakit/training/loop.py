@@ -11,7 +11,7 @@ import hashlib
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from lorakit.machine import resolve_dtype
 from lorakit.packing import has_dropout, packed_attention, packed_logits
 from lorakit.training.checkpoint import Checkpoint, Cursor, save_checkpoint
 from lorakit.training.config import TrainConfig
-from lorakit.training.events import Checkpointed, Evaluated, OnEvent, Phase, StepDone
+from lorakit.training.events import Checkpointed, Evaluated, OnEvent, Phase, StepDone, TrunkKept
 from lorakit.training.interrupt import stop_request
 from lorakit.training.objectives import cross_entropy_sum, mean_loss
 from lorakit.training.optim import (
@@ -39,6 +39,7 @@ from lorakit.training.optim import (
     restore_optimizer,
     set_learning_rate,
 )
+from lorakit.training.trunk import kept_trunk, refuse_too_large, trunk_of
 
 MOST_SKIPPED_STEPS = (
     20  # in a row, by the fp16 scaler: from 65,536 its scale is then below 0.1, so scaling is not what is wrong
@@ -160,7 +161,8 @@ def fit(
 
     steps = plan.steps(cursor.step)
     longest = max(len(example.ids) for example in (*train, *valid))
-    with stop_request() as stop, ready(model, longest) as share:
+    trunk = _trunk(model, (*train, *valid), config, folder, on_event)
+    with stop_request() as stop, ready(model, longest) as share, trunk:
         while True:
             at_end = cursor.step == plan.total_steps
             evaluation_due = cursor.step % config.eval_steps == 0 or at_end
@@ -206,6 +208,25 @@ def fit(
             on_event(StepDone(cursor.step, plan.total_steps, loss, rate, tokens, seconds))
     finished = stopped_early or (at_end and cursor.evaluated_step == cursor.step)
     return Fitted(cursor, best, interrupted=not finished, stopped_early=stopped_early and not at_end)
+
+
+def _trunk(
+    model: torch.nn.Module, examples: Sequence[Example], config: TrainConfig, folder: Path, on_event: OnEvent
+) -> AbstractContextManager[None]:
+    """What `cache_trunk` asks for.
+
+    Raises:
+        ConfigError: it cannot be had with this model, or what is to be kept does not fit.
+    """
+    if config.cache_trunk == "off":
+        return nullcontext()
+    trunk = trunk_of(model, examples)
+    on_disk = folder if config.cache_trunk == "disk" else None
+    where = "memory" if on_disk is None else str(folder)
+    on_event(TrunkKept(trunk.layers, trunk.tokens, trunk.nbytes, where))
+    refuse_too_large(trunk, on_disk)
+    on_event(Phase("running the layers below the trained ones once"))
+    return kept_trunk(model, examples, folder=on_disk, micro_batch_tokens=config.micro_batch_tokens)
 
 
 _ADVICE = "Lower --learning-rate, or use --dtype fp32; the checkpoints before this step are sound."

@@ -43,6 +43,7 @@ from lorakit.training.loop import Fitted, Plan, fit, restore_tensors
 from lorakit.training.optim import default_learning_rate
 from lorakit.training.planning import Planner, checkpoint_activations
 from lorakit.training.subject import Subject, subject_of
+from lorakit.training.trunk import trunk_of
 from lorakit.version import __version__
 
 EVALUATIONS = 4  # a run, unless eval_steps says otherwise or they would take more than their share of its time
@@ -216,7 +217,9 @@ def read(config: TrainConfig) -> Data:
     """
     tokenizer = load_tokenizer(config.model)
     chat = ChatFormat(tokenizer, stop_ids(None, tokenizer), config.max_length, config.chat_template, config.train_on)
-    return read_data(config.data, config.validation, config.validation_share, config.seed, chat)
+    return read_data(
+        config.data, config.validation, config.validation_share, config.seed, chat, token_cache=config.token_cache
+    )
 
 
 def _made_to_fit(config: TrainConfig, data: Data, on_event: OnEvent) -> TrainConfig:
@@ -230,20 +233,23 @@ def _made_to_fit(config: TrainConfig, data: Data, on_event: OnEvent) -> TrainCon
     limit = machine.memory_for(config.device)
     try:
         planner = Planner(config, data.train.examples, data.valid.examples)
+        kept = _kept_in_memory(config, planner.model, data)
         asked = planner.asked()
-        fits = limit is None or asked.peak <= limit
+        fits = limit is None or asked.peak + kept <= limit
         decided = config.gradient_checkpointing != "auto"  # by the user, who may know better
-        fitting = [] if fits or decided else planner.fitting(asked, limit)
+        fitting = [] if fits or decided or limit is None else planner.fitting(asked, limit - kept)
     except ModelError as error:  # one that cannot be found is told when it is loaded
         on_event(Planned(None, limit, str(error)))
         return config if config.gradient_checkpointing != "auto" else config.replace(gradient_checkpointing="off")
     if fits or decided:
-        on_event(Planned(asked.peak, limit, ""))
+        on_event(Planned(asked.peak + kept, limit, ""))
         return config if decided else config.replace(gradient_checkpointing="off")
     if not fitting:
         raise RunError(
-            f"this run would take {size(asked.peak)} and more than the {size(limit or 0)} there are in any case: "
-            "lower --max-length, use --dtype bf16 or a smaller model (lorakit plan shows what takes how much); "
+            f"this run would take {size(asked.peak + kept)}{f', {size(kept)} of it for cache_trunk,' if kept else ''} "
+            f"and more than the {size(limit or 0)} there are in any case: "
+            f"{'set --cache-trunk disk, ' if kept else ''}lower --max-length, use --dtype bf16 or a smaller model "
+            "(lorakit plan shows what takes how much); "
             "--gradient-checkpointing on or off tries it all the same"
         )
     best = fitting[0]
@@ -252,8 +258,20 @@ def _made_to_fit(config: TrainConfig, data: Data, on_event: OnEvent) -> TrainCon
         micro_batch_tokens=best.micro_batch_tokens,
     )
     changed = f"micro-batches of {best.micro_batch_tokens:,} tokens, checkpointing {chosen.gradient_checkpointing}"
-    on_event(Planned(best.peak, limit, changed))
+    on_event(Planned(best.peak + kept, limit, changed))
     return chosen
+
+
+def _kept_in_memory(config: TrainConfig, skeleton: torch.nn.Module, data: Data) -> int:
+    """Bytes that `cache_trunk` keeps beside the rest of a run, in the same memory.
+
+    Raises:
+        ConfigError: nothing can be kept of such a model.
+    """
+    if config.cache_trunk == "off":
+        return 0
+    trunk = trunk_of(skeleton, (*data.train.examples, *data.valid.examples))
+    return trunk.nbytes if config.cache_trunk == "memory" and torch.device(config.device).type == "cpu" else 0
 
 
 def _new_folder(data: str) -> Path:

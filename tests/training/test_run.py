@@ -430,12 +430,12 @@ def test_checksum_sees_one_bit(base_folder):
 
 def test_a_changed_base_is_not_called_done(settings, tmp_path, monkeypatch):
     """Somebody's callback writes into a base weight during training."""
-    import lorakit.training.run as run_module
+    import lorakit.training.subject as module
 
     seen = []
-    original = run_module.attach
+    original = module.attach
     monkeypatch.setattr(
-        run_module, "attach", lambda model, *args, **named: seen.append(model) or original(model, *args, **named)
+        module, "attach", lambda model, *args, **named: seen.append(model) or original(model, *args, **named)
     )
 
     def disturb(event):

@@ -2,15 +2,16 @@
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from lorakit import LoRAConfig, attach
+from lorakit.core import cross_entropy
 from lorakit.data.batches import collate
 from lorakit.data.chat import Example
 from lorakit.data.sources import Origin
 from lorakit.fusion import fused
-from lorakit.packing import packed_attention, packed_logits
-from lorakit.training.objectives import cross_entropy_sum
+from lorakit.packing import packed_attention
+from lorakit.training.objectives import Predictions
 from lorakit.training.planning import checkpoint_activations
 from lorakit.training.trace import _Allocations, trace_evaluation, trace_step
 from tiny_models import SMALL
@@ -38,7 +39,7 @@ def with_numbers(model, batch, *, backward):
         _Allocations([*model.parameters(), *model.buffers()], "cpu") as allocations,
     ):
         assert packs
-        loss = cross_entropy_sum(packed_logits(model, batch), batch.targets, overwrite=True)
+        loss = Predictions.of(model, batch).loss_sum()
         kept = allocations.live
         if backward:
             loss.backward()
@@ -92,3 +93,27 @@ def test_evaluation_keeps_nothing_and_takes_less():
     traced = trace_evaluation(model.to("meta"), batch)
     assert traced.peak == pytest.approx(peak, rel=0.03)
     assert traced.peak < trace_step(model, batch).peak
+
+
+def test_the_logits_of_a_large_vocabulary_are_never_there_at_once(monkeypatch):
+    """Llama's step holds a chunk of them; with capped logits, all."""
+    monkeypatch.setattr(cross_entropy, "_AT_ONCE", 1 << 20)
+    monkeypatch.setattr(cross_entropy, "_CHUNK", 1 << 14)
+    batch = collate(rows(60, 90, 40, 75), range(4))
+    settings = {**SMALL, "vocab_size": 50_000}
+    step, evaluation = {}, {}
+    for name, make in {
+        "llama": lambda: LlamaForCausalLM(LlamaConfig(**settings)),
+        "gemma2": lambda: Gemma2ForCausalLM(Gemma2Config(**settings)),
+    }.items():
+        model = make()
+        attach(model, LoRAConfig(r=4))
+        step[name] = trace_step(model.to("meta"), batch)
+        evaluation[name] = trace_evaluation(model, batch)
+    whole = len(batch.targets) * 50_000 * 4
+    assert step["gemma2"].logits == whole
+    assert step["gemma2"].peak > whole
+    for traced in (step["llama"], evaluation["llama"]):
+        assert 0 < traced.logits <= 1 << 20
+        assert traced.peak < whole / 2
+    assert step["llama"].peak >= step["llama"].kept + step["llama"].logits

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -26,9 +27,11 @@ from lorakit.core.deltas import LoRA
 from lorakit.data.batches import Batch
 from lorakit.fusion import KEEP, keeps
 from lorakit.packing.attention import ATTENTION_NAME, LAYOUT
+from lorakit.packing.head import frozen_linear_head, left_out
 from lorakit.packing.layout import Layout
 
 _packable: weakref.WeakKeyDictionary[torch.nn.Module, float] = weakref.WeakKeyDictionary()
+_ends_with_head: weakref.WeakKeyDictionary[torch.nn.Module, bool] = weakref.WeakKeyDictionary()
 
 
 @contextlib.contextmanager
@@ -78,17 +81,48 @@ def packed_logits(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
         model: a transformers causal language model; packs only inside `packed_attention(model)`.
         batch: rows laid end to end.
     """
+    logits = _at_places(model, batch, None)
+    return logits if batch.source is None else F.embedding(batch.source, logits)
+
+
+def packed_hidden(model: torch.nn.Module, batch: Batch, head: nn.Linear) -> torch.Tensor:
+    """What enters the output head at the places that predict targets, `batch.predict`: (P, d).
+
+    Args:
+        model: as in `packed_logits`.
+        batch: as in `packed_logits`.
+        head: `separable_head(model)`, which does not run.
+    """
+    return _at_places(model, batch, head)
+
+
+def separable_head(model: torch.nn.Module) -> nn.Linear | None:
+    """The output head, if it is frozen and linear and the model's logits are its product and nothing else, so that
+    logits can be computed from `packed_hidden`, a part at a time; else None.
+
+    Models that scale or cap their logits differ in an operation or two, so nothing is taken from names or settings: the
+    first time, a pass of two tokens shows it.
+    """
+    head = frozen_linear_head(model)
+    if head is None:
+        return None
+    if model not in _ends_with_head:
+        _ends_with_head[model] = _probe_head(model, head)
+    return head if _ends_with_head[model] else None
+
+
+def _at_places(model: torch.nn.Module, batch: Batch, head: nn.Linear | None) -> torch.Tensor:
+    """Logits at `batch.predict`, (P, V); with `head`, what enters it, (P, d)."""
     if _config_attention(model) == ATTENTION_NAME:
         layout = {LAYOUT: Layout(batch.lengths, batch.forks)}
-        logits = _logits(model, batch.ids, batch.positions, batch.predict, layout)
-        return logits if batch.source is None else F.embedding(batch.source, logits)
+        return _logits(model, batch.ids, batch.positions, batch.predict, layout, head)
     assert not any(batch.forks), "only a model that packs can share what its rows begin with"
     pieces, start = [], 0
     for length in batch.lengths:
         inside = (batch.predict >= start) & (batch.predict < start + length)
         row = slice(start, start + length)
         if inside.any():
-            pieces.append(_logits(model, batch.ids[row], batch.positions[row], batch.predict[inside] - start, {}))
+            pieces.append(_logits(model, batch.ids[row], batch.positions[row], batch.predict[inside] - start, {}, head))
         start += length
     return torch.cat(pieces)
 
@@ -147,23 +181,31 @@ def _longest_packable(model: torch.nn.Module, windows: set[int | None]) -> float
 
 
 def _logits(
-    model: torch.nn.Module, ids: torch.Tensor, positions: torch.Tensor, predict: torch.Tensor, extra: dict[str, Any]
+    model: torch.nn.Module,
+    ids: torch.Tensor,
+    positions: torch.Tensor,
+    predict: torch.Tensor,
+    extra: dict[str, Any],
+    head: nn.Linear | None = None,
 ) -> torch.Tensor:
     """One forward of (1, T) tokens; the output head (and the last MLP) run at `predict` only, where the model can do
-    that.
+    that. With `head`, which then does not run, what enters it.
     """
-    if keeps(model):
-        kept: torch.Tensor = model(
-            input_ids=ids[None], position_ids=positions[None], use_cache=False, **{**extra, KEEP: predict}
-        ).logits.squeeze(0)
-        assert len(kept) == len(predict), "the model does more after its last layer than was thought"
-        return kept
-    if "logits_to_keep" in inspect.signature(model.forward).parameters:
-        extra = {**extra, "logits_to_keep": predict}
-        predict = torch.arange(len(predict), device=predict.device)
-    output = model(input_ids=ids[None], position_ids=positions[None], use_cache=False, **extra)
-    logits: torch.Tensor = output.logits.squeeze(0)
-    return logits if "logits_to_keep" in extra else logits[predict]
+    last_layer_keeps = keeps(model)
+    keyword = KEEP if last_layer_keeps else "logits_to_keep"
+    kept = last_layer_keeps or keyword in inspect.signature(model.forward).parameters
+    if kept:
+        extra = {**extra, keyword: predict}
+    with contextlib.nullcontext() if head is None else left_out(head) as entering:
+        output = model(input_ids=ids[None], position_ids=positions[None], use_cache=False, **extra).logits
+    if entering is not None and not entering.came_out(output):
+        raise RuntimeError(
+            f"{type(model).__name__} does more to its logits than when it was probed: were its settings changed since? "
+            "Load it again"
+        )
+    logits: torch.Tensor = output.squeeze(0)
+    assert not kept or len(logits) == len(predict), "the model does more after its last layer than was thought"
+    return logits if kept else logits[predict]
 
 
 def _config_attention(model: torch.nn.Module) -> str | None:
@@ -230,3 +272,25 @@ def _probe(model: Any) -> float:
     equal = equal and bool((unshared - alone).abs().max() <= tolerance * size)
     private = bool((packed[6:] - moved[6:]).abs().max() <= 1e-2 * tolerance * size)
     return _longest_packable(model, windows) if equal and private else 0
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def _probe_head(model: torch.nn.Module, head: nn.Linear) -> bool:
+    """Whether two tokens show that nothing but `head` stands between what enters it and the logits; False for a model
+    that cannot run without.
+    """
+    device = head.weight.device
+    at = torch.arange(2, device=device)
+    batch = Batch(at, at, (2,), (0,), at, None, at, (0,))
+    was_training = model.training
+    model.eval()
+    try:
+        packed_hidden(model, batch, head)
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, TypeError, KeyError, ValueError, IndexError):
+        return False
+    finally:
+        model.train(was_training)
+    return True

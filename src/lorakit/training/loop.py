@@ -24,12 +24,12 @@ from lorakit.errors import NonFiniteLossError, RunError, bullet_list
 from lorakit.files import JsonLines
 from lorakit.fusion import fused
 from lorakit.machine import resolve_dtype
-from lorakit.packing import has_dropout, packed_attention, packed_logits
+from lorakit.packing import has_dropout, packed_attention
 from lorakit.training.checkpoint import Checkpoint, Cursor, save_checkpoint
 from lorakit.training.config import TrainConfig
 from lorakit.training.events import Checkpointed, Evaluated, OnEvent, Phase, StepDone, TrunkKept
 from lorakit.training.interrupt import stop_request
-from lorakit.training.objectives import cross_entropy_sum, mean_loss
+from lorakit.training.objectives import Predictions, mean_loss
 from lorakit.training.optim import (
     clip_gradients,
     learning_rate,
@@ -281,7 +281,7 @@ def accumulate(
         for number, indices in enumerate(micro_batches):
             batch = collate(examples, indices, share=share).to(device)
             with seeded(device, seed, step, number):
-                loss_sum = cross_entropy_sum(packed_logits(model, batch), batch.targets, overwrite=True)
+                loss_sum = Predictions.of(model, batch).loss_sum()
                 torch.autograd.backward(scaler.scale(loss_sum / labelled))
             sums.append(loss_sum.detach())
     finally:

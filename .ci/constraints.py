@@ -1,4 +1,4 @@
-"""Print constraints.txt: exact versions of what `lorakit[dev]` needs, read from the environment this runs in."""
+"""Print constraints.txt: exact versions of what `lorakit[dev,bench]` needs, read from the environment this runs in."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, distribution
 from packaging.requirements import Requirement
 
 HEADER = """\
-# Exact versions of everything lorakit[dev] needs, so that an install today and one next year are the same.
+# Exact versions of everything lorakit[dev,bench] needs, so that an install today and one next year are the same.
 # Made by `make constraints` from the environment the tests passed in; do not edit by hand.
 """
 
@@ -44,5 +44,5 @@ def canonical(name: str) -> str:
 
 
 if __name__ == "__main__":
-    pins = closure("lorakit", frozenset({"dev"}))
+    pins = closure("lorakit", frozenset({"dev", "bench"}))
     sys.stdout.write(HEADER + "".join(f"{name}=={version}\n" for name, version in sorted(pins.items())))

@@ -45,6 +45,7 @@ from lorakit.training.identity import differences, identity_of, machine_changes
 from lorakit.training.loop import Fitted, Plan, fit, restore_tensors
 from lorakit.training.optim import default_learning_rate
 from lorakit.training.planning import Planner, checkpoint_activations
+from lorakit.training.products import refuse_products
 from lorakit.training.verify import weights_checksum
 from lorakit.version import __version__
 
@@ -123,6 +124,7 @@ def train(config: TrainConfig, on_event: OnEvent | None = None) -> Run:
         RunError: the run folder is in use, holds another run, or cannot be resumed with this config.
         ModelError: the base cannot be found or read.
         TargetError: the adapter's config names what is not in the model.
+        ConfigError: this machine or model cannot multiply as `frozen_products` says.
         NonFiniteLossError: the loss or gradient is no longer finite.
     """
     folder = _new_folder(config.data) if config.output is None else Path(config.output).expanduser()
@@ -137,6 +139,7 @@ def train(config: TrainConfig, on_event: OnEvent | None = None) -> Run:
 
 def _train(config: TrainConfig, folder: Path, on_event: OnEvent) -> Run:
     device = machine.resolve_device(config.device)
+    refuse_products(config.frozen_products, device, machine.resolve_dtype(config.dtype, device))
     on_event(Phase("reading the data"))
     data = read(config)
     chat = data.chat_format
@@ -455,6 +458,7 @@ def _model_ready(adapters: AttachedAdapters, config: TrainConfig) -> ModelReady:
     return ModelReady(
         parameters=summary["base_parameters"],
         dtype=config.dtype,
+        products=config.frozen_products,
         device=config.device,
         layers=own["layers"],
         ranks=tuple(own["ranks"]),

@@ -89,8 +89,8 @@ def _matmul_speedup(dtype: torch.dtype, than: torch.dtype = torch.float32) -> fl
 
 @functools.cache
 def int8_speedup(dtype: torch.dtype) -> float:
-    """How many times faster a CPU matrix product in 8-bit integers is than in `dtype`: several times where the
-    processor has instructions for it (VNNI, AMX), less than once elsewhere.
+    """How many times faster a CPU matrix product in 8-bit integers is than in `dtype`; it needs a processor with
+    instructions for it (VNNI, AMX) to be faster at all.
     """
     return _matmul_speedup(torch.int8, dtype)
 

@@ -72,21 +72,28 @@ def training_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if _matmul_speedup(torch.bfloat16) > 1.3 else torch.float32
 
 
-def _matmul_speedup(dtype: torch.dtype) -> float:
-    """How many times faster a CPU matrix product of a layer's size is in `dtype` than in fp32.
+def _matmul_speedup(dtype: torch.dtype, than: torch.dtype = torch.float32) -> float:
+    """How many times faster a CPU matrix product of a layer's size is in `dtype` than in another one.
 
     The best of many each, in turns, so that a busy neighbour disturbs both alike (about 50 ms).
     """
-    operands = {
-        each: (torch.ones(256, 768, dtype=each), torch.ones(1536, 768, dtype=each)) for each in (torch.float32, dtype)
-    }
+    operands = {each: (torch.ones(256, 768, dtype=each), torch.ones(1536, 768, dtype=each)) for each in (than, dtype)}
     best = dict.fromkeys(operands, float("inf"))
     for _ in range(16):
         for each, (x, w) in operands.items():
+            multiply = torch._int_mm if each == torch.int8 else torch.matmul
             start = time.perf_counter()
-            torch.nn.functional.linear(x, w)
+            multiply(x, w.T)
             best[each] = min(best[each], time.perf_counter() - start)
-    return best[torch.float32] / best[dtype]
+    return best[than] / best[dtype]
+
+
+@functools.cache
+def int8_speedup(dtype: torch.dtype) -> float:
+    """How many times faster a CPU matrix product in 8-bit integers is than in `dtype`; it needs a processor with
+    instructions for it (VNNI, AMX) to be faster at all.
+    """
+    return _matmul_speedup(torch.int8, dtype)
 
 
 def resident_memory() -> int:

@@ -151,7 +151,9 @@ def model_line(event: ModelReady) -> str:
     if not event.layers:
         return f"model  {count(event.parameters)} parameters, {event.dtype} on {event.device}; all of them trained"
     ranks = "-".join(str(r) for r in dict.fromkeys((event.ranks[0], event.ranks[-1]))) if event.ranks else "none"
+    products = "" if event.products == "exact" else f", {event.products} in steps"
     return (
-        f"model  {count(event.parameters)} parameters, {event.dtype} on {event.device}; {event.layers} layers adapted, "
+        f"model  {count(event.parameters)} parameters, {event.dtype}{products} on {event.device}; "
+        f"{event.layers} layers adapted, "
         f"r={ranks}: {count(event.trained)} trained ({event.trained / event.parameters:.1%})"
     )

@@ -12,25 +12,32 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
+from lorakit.core import products
+from lorakit.core.int8 import Int8Weight
+
 
 class _LoRALinears(torch.autograd.Function):
     """y_i = x W_i^T + b_i + s_i (x A_i^T) B_i^T for layers given the same x, with W and b frozen; A and B may be wider
     in dtype than x.
 
     Against autograd's own graph: x is saved once and in its own dtype (no fp32 copy), the rank-r products are added in
-    place to the big ones, and all A_i meet x (and its gradient) as one matrix.
+    place to the big ones, and all A_i meet x (and its gradient) as one matrix. How a W_i multiplies `core.products`
+    decides.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, scales: tuple[float, ...], *tensors: Any) -> tuple[torch.Tensor, ...]:
+    def forward(
+        ctx: Any, x: torch.Tensor, scales: tuple[float, ...], copies: products.Copies, *tensors: Any
+    ) -> tuple[torch.Tensor, ...]:
         W, b, A, B = (tensors[i::4] for i in range(4))  # b's may be None
         h = x @ _stacked(A, x.dtype).T  # (T, R), R the sum of ranks
         ctx.save_for_backward(x, h, *W, *A, *B)
-        ctx.scales = scales
+        ctx.scales, ctx.copies = scales, copies
         ranks = [len(A_i) for A_i in A]
+        outputs = products.forwards(x, W, b, copies)
         return tuple(
-            F.linear(x, W_i, b_i).addmm_(h_i, B_i.to(x.dtype).T, alpha=s)  # (T, out_i)
-            for W_i, b_i, h_i, B_i, s in zip(W, b, torch.split(h, ranks, dim=1), B, scales, strict=True)
+            y_i.addmm_(h_i, B_i.to(x.dtype).T, alpha=s)  # (T, out_i)
+            for y_i, h_i, B_i, s in zip(outputs, torch.split(h, ranks, dim=1), B, scales, strict=True)
         )
 
     @staticmethod
@@ -44,15 +51,13 @@ class _LoRALinears(torch.autograd.Function):
         g_h = parts[0] if n == 1 else torch.cat(parts, dim=1)  # (T, R), the gradient of h
         grad_x = grad_A = None
         if ctx.needs_input_grad[0]:
-            grad_x = grad_outputs[0] @ W[0]
-            for g, W_i in zip(grad_outputs[1:], W[1:], strict=True):
-                grad_x.addmm_(g, W_i)
+            grad_x = products.backwards(grad_outputs, W, ctx.copies)
             grad_x.addmm_(g_h, _stacked(A, x.dtype))
-        if any(ctx.needs_input_grad[4::4]):
+        if any(ctx.needs_input_grad[5::4]):
             grad_A = torch.split(g_h.T @ x, ranks)
-        grads: list[torch.Tensor | None] = [grad_x, None]
+        grads: list[torch.Tensor | None] = [grad_x, None, None]
         for i, (g, h_i, s) in enumerate(zip(grad_outputs, torch.split(h, ranks, dim=1), ctx.scales, strict=True)):
-            needs_A, needs_B = ctx.needs_input_grad[4 + 4 * i : 6 + 4 * i]
+            needs_A, needs_B = ctx.needs_input_grad[5 + 4 * i : 7 + 4 * i]
             grads += [None, None, grad_A[i].to(A[i].dtype) if needs_A and grad_A is not None else None]
             # a thin left factor: half the time of g.T @ h
             grads.append((h_i.T @ g).mul_(s).to(B[i].dtype).T if needs_B else None)
@@ -74,6 +79,7 @@ class LoRAOperands(NamedTuple):
         B: (out, r), as A.
         s: scale.
         gain: (out,), any floating dtype, may have a gradient; None: 1.
+        copy: of W in integers, by which it multiplies; None: exactly.
     """
 
     W: torch.Tensor
@@ -82,6 +88,7 @@ class LoRAOperands(NamedTuple):
     B: torch.Tensor
     s: float
     gain: torch.Tensor | None = None
+    copy: Int8Weight | None = None
 
     @property
     def inner_bias(self) -> torch.Tensor | None:
@@ -107,9 +114,9 @@ def lora_linears(x: torch.Tensor, layers: Sequence[LoRAOperands]) -> tuple[torch
         (..., out) of each, in x's dtype.
     """
     flat = x.reshape(-1, x.shape[-1])
-    scales = tuple(layer.s for layer in layers)
+    scales, copies = tuple(layer.s for layer in layers), tuple(layer.copy for layer in layers)
     tensors = [tensor for layer in layers for tensor in (layer.W, layer.inner_bias, layer.A, layer.B)]
-    results: tuple[torch.Tensor, ...] = _LoRALinears.apply(flat, scales, *tensors)  # type: ignore[no-untyped-call]
+    results: tuple[torch.Tensor, ...] = _LoRALinears.apply(flat, scales, copies, *tensors)  # type: ignore[no-untyped-call]
     return tuple(layer.finished(y).view(*x.shape[:-1], -1) for layer, y in zip(layers, results, strict=True))
 
 
@@ -126,14 +133,14 @@ def lora_linear(x: torch.Tensor, layer: LoRAOperands) -> torch.Tensor:
     if not torch.is_grad_enabled():  # calling the function costs more than the products of a single token
         flat = x.reshape(-1, x.shape[-1])
         h = flat @ layer.A.to(x.dtype).T
-        added = F.linear(flat, layer.W, layer.inner_bias).addmm_(h, layer.B.to(x.dtype).T, alpha=layer.s)
-        return layer.finished(added).view(*x.shape[:-1], -1)
+        (y,) = products.forwards(flat, [layer.W], [layer.inner_bias], [layer.copy])
+        return layer.finished(y.addmm_(h, layer.B.to(x.dtype).T, alpha=layer.s)).view(*x.shape[:-1], -1)
     return lora_linears(x, [layer])[0]
 
 
 def lora_linear_reference(x: torch.Tensor, layer: LoRAOperands) -> torch.Tensor:
-    """What `lora_linear` computes, by autograd."""
-    W, b, A, B, s, gain = layer
+    """What `lora_linear` computes with an exact product, by autograd."""
+    W, b, A, B, s, gain, _ = layer
     y = F.linear(x, W) + F.linear(F.linear(x, A.to(x.dtype)), B.to(x.dtype)) * s
     y = y if gain is None else y * gain.to(x.dtype)
     return y if b is None else y + b

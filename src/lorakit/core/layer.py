@@ -12,9 +12,10 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import nn
 
-from lorakit.core import kernels
+from lorakit.core import kernels, products
 from lorakit.core.active import ActiveState, Route, Rows, Selection
 from lorakit.core.deltas import LayerUpdate, Replacement, call_replaced
+from lorakit.core.int8 import Int8Weight
 from lorakit.core.routed import add_stacked, stackable
 from lorakit.core.shared import SharedInput
 from lorakit.core.sites import Site
@@ -70,10 +71,12 @@ class AdaptedLayer(AdaptedModule):
     Attributes:
         lorakit_site: how the layer multiplies; None where only its bias is trained.
         lorakit_shared: the layers that are given the same input, while they compute together.
+        lorakit_int8: its weight in integers, by which it multiplies while it trains (`core.products`).
     """
 
     lorakit_site: Site | None
     lorakit_shared: SharedInput | None = None
+    lorakit_int8: Int8Weight | None = None
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """The base's output plus, for each active adapter with weight w: w s (B A x + c), c the bias of B if it
@@ -93,7 +96,7 @@ class AdaptedLayer(AdaptedModule):
             fused = self._fused(active, x)
             if fused is not None:
                 return kernels.lora_linear(x, fused)
-        base: torch.Tensor = super().forward(x, *args, **kwargs)
+        base = self._own(x, *args, **kwargs)
         y = base
         for update, weight in active:
             for change in self._changes(update, x, base):
@@ -109,7 +112,18 @@ class AdaptedLayer(AdaptedModule):
             return None
         ((update, weight),) = active
         lora = update.low_rank_alone
-        return None if lora is None else lora.fused(self.lorakit_site, self, x, weight)
+        operands = None if lora is None else lora.fused(self.lorakit_site, self, x, weight)
+        return operands if operands is None or not self.training else operands._replace(copy=self.lorakit_int8)
+
+    def _own(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """The base's output, where updates are added to it."""
+        if self.lorakit_int8 is None or not self.training:
+            return super().forward(x, *args, **kwargs)  # type: ignore[no-any-return]
+        assert self.lorakit_site is not None
+        assert not args, "layers that multiply by a matrix take nothing more"
+        assert not kwargs
+        weight = self.lorakit_site.rows(self.get_parameter(self.lorakit_site.weight_name))
+        return products.frozen_linear(x, weight, self._parameters["bias"], self.lorakit_int8)
 
     def _routed(self, route: Route, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """The base's output plus, at the rows of each adapter, what that adapter adds for them."""

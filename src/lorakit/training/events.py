@@ -23,6 +23,9 @@ class ModelReady:
 
     parameters: int
     dtype: str
+    products: str
+    """How frozen weights multiply in steps: exact or int8."""
+
     device: str
     layers: int
     ranks: tuple[int, ...]

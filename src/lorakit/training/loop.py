@@ -26,7 +26,7 @@ from lorakit.fusion import fused
 from lorakit.machine import resolve_dtype
 from lorakit.packing import has_dropout, packed_attention
 from lorakit.training.checkpoint import Checkpoint, Cursor, save_checkpoint
-from lorakit.training.config import TrainConfig
+from lorakit.training.config import FrozenProducts, TrainConfig
 from lorakit.training.events import Checkpointed, Evaluated, OnEvent, Phase, StepDone, TrunkKept
 from lorakit.training.interrupt import stop_request
 from lorakit.training.objectives import Predictions, mean_loss
@@ -39,6 +39,7 @@ from lorakit.training.optim import (
     restore_optimizer,
     set_learning_rate,
 )
+from lorakit.training.products import frozen_products
 from lorakit.training.trunk import kept_trunk, refuse_too_large, trunk_of
 
 MOST_SKIPPED_STEPS = (
@@ -162,7 +163,7 @@ def fit(
     steps = plan.steps(cursor.step)
     longest = max(len(example.ids) for example in (*train, *valid))
     trunk = _trunk(model, (*train, *valid), config, folder, on_event)
-    with stop_request() as stop, ready(model, longest) as share, trunk:
+    with stop_request() as stop, ready(model, longest, config.frozen_products) as share, trunk:
         while True:
             at_end = cursor.step == plan.total_steps
             evaluation_due = cursor.step % config.eval_steps == 0 or at_end
@@ -233,18 +234,22 @@ _ADVICE = "Lower --learning-rate, or use --dtype fp32; the checkpoints before th
 
 
 @contextmanager
-def ready(model: torch.nn.Module, longest: int) -> Iterator[bool]:
+def ready(model: torch.nn.Module, longest: int, products: FrozenProducts = "exact") -> Iterator[bool]:
     """While entered, `model` runs its steps the fast way: packed rows, fast kernels.
 
     Args:
         model: a causal language model.
         longest: tokens of the longest row that will come.
+        products: how frozen weights multiply.
 
     Yields:
         Whether rows may share what they begin with: the model packs, and draws nothing that each row should have of its
         own.
+
+    Raises:
+        ConfigError: frozen weights cannot multiply so.
     """
-    with fused(model), packed_attention(model, longest) as packs:
+    with frozen_products(model, products), fused(model), packed_attention(model, longest) as packs:
         yield packs and not has_dropout(model)
 
 

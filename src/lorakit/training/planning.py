@@ -27,6 +27,7 @@ from lorakit.training.config import TrainConfig
 from lorakit.training.loop import Plan, accumulate, ready
 from lorakit.training.objectives import mean_loss
 from lorakit.training.optim import make_scaler
+from lorakit.training.products import products_bytes
 from lorakit.training.trace import Traced, trace_evaluation, trace_step
 
 CUDA_CONTEXT = 600_000_000  # bytes that CUDA takes for itself; as others report it, not measured here
@@ -43,7 +44,7 @@ class Memory:
     Attributes:
         process: interpreter and libraries; on a GPU, what CUDA takes for itself.
         held: what the C library and the kernels hold beyond what lives at once.
-        weights: the base.
+        weights: the base, and what `frozen_products` makes of it.
         adapter: trained tensors with gradients, optimiser state and the best copy.
         training: beside these, the most of a training step.
         activations: of `training`, what the forward pass keeps for the backward pass.
@@ -138,6 +139,7 @@ class Planner:
     Raises:
         ModelError: the model cannot be found, or is of no class that transformers knows.
         TargetError: the adapter's config names what is not in the model.
+        ConfigError: `frozen_products` is not for this model.
         NotTraceableError: its operations need numbers, or its rows cannot be packed.
     """
 
@@ -153,6 +155,7 @@ class Planner:
         self.share = not has_dropout(self.model)  # as `loop.ready` has it
         self.trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         self.trained_memory = (BYTES_TRAINED - 4 * full) * self.trained  # trained weights are counted as weights
+        self.weights += products_bytes(self.model, config.frozen_products)
         self.process = machine.resident_memory() if torch.device(config.device).type == "cpu" else CUDA_CONTEXT
 
     def plan(self, limit: int | None) -> RunPlan:
@@ -295,7 +298,8 @@ def timed(
     chosen = [max(epoch, key=tokens), *epoch[:: math.ceil(len(epoch) / steps)]]
     scaler = make_scaler(next(model.parameters()).dtype, next(model.parameters()).device)
     rates = []
-    with ready(model, max(len(example.ids) for example in (*train, *valid))) as share:
+    longest = max(len(example.ids) for example in (*train, *valid))
+    with ready(model, longest, config.frozen_products) as share:
         mean_loss(model, valid, micro_batch_tokens=config.micro_batch_tokens)
         for number, step in enumerate(chosen):
             start = time.perf_counter()

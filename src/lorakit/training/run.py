@@ -42,6 +42,7 @@ from lorakit.training.identity import differences, identity_of, machine_changes
 from lorakit.training.loop import Fitted, Plan, fit, restore_tensors
 from lorakit.training.optim import default_learning_rate
 from lorakit.training.planning import Planner, checkpoint_activations
+from lorakit.training.products import refuse_products
 from lorakit.training.subject import Subject, subject_of
 from lorakit.training.trunk import trunk_of
 from lorakit.version import __version__
@@ -128,6 +129,7 @@ def train(config: TrainConfig, on_event: OnEvent | None = None) -> Run:
         RunError: the run folder is in use, holds another run, or cannot be resumed with this config.
         ModelError: the base cannot be found or read.
         TargetError: the adapter's config names what is not in the model.
+        ConfigError: this machine or model cannot multiply as `frozen_products` says.
         NonFiniteLossError: the loss or gradient is no longer finite.
     """
     folder = _new_folder(config.data) if config.output is None else Path(config.output).expanduser()
@@ -142,6 +144,7 @@ def train(config: TrainConfig, on_event: OnEvent | None = None) -> Run:
 
 def _train(config: TrainConfig, folder: Path, on_event: OnEvent) -> Run:
     device = machine.resolve_device(config.device)
+    refuse_products(config.frozen_products, device, machine.resolve_dtype(config.dtype, device))
     on_event(Phase("reading the data"))
     data = read(config)
     chat = data.chat_format

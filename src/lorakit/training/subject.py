@@ -101,6 +101,7 @@ class TrainedAdapter:
         return ModelReady(
             parameters=summary["base_parameters"],
             dtype=config.dtype,
+            products=config.frozen_products,
             device=config.device,
             layers=own["layers"],
             ranks=tuple(own["ranks"]),
@@ -148,7 +149,13 @@ class TrainedModel:
         """As `Subject`."""
         number = sum(tensor.numel() for tensor in self.tensors.values())
         return ModelReady(
-            parameters=number, dtype=config.dtype, device=config.device, layers=0, ranks=(), trained=number
+            parameters=number,
+            dtype=config.dtype,
+            products="exact",
+            device=config.device,
+            layers=0,
+            ranks=(),
+            trained=number,
         )
 
 

@@ -191,6 +191,7 @@ def fit(
             check_gradient(norm, cursor, scaler, train, micro_batches)
             set_learning_rate(optimizer, rate)
             scaler.step(optimizer)
+            torch.autograd.graph.increment_version(list(tensors.values()))  # which the fused optimiser forgets to do
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
             tokens = sum(plan.lengths[i] for indices in micro_batches for i in indices)

@@ -122,10 +122,10 @@ class DoRA(LoRA):
         # fused optimisers change tensors without counting it, so what training reads is neither kept nor left behind
         if training or torch.compiler.is_compiling() or any(t.is_inference() for t in tensors):  # which count nothing
             self._norms = None
-            return row_norms(site.rows(weight), self.A, self.B, self.s)
+            return row_norms(site.rows(weight), *self.factors(), self.s)
         if self._norms is None or not self._norms.hold(tensors, self.s):
             with torch.inference_mode(False), torch.no_grad():  # a later pass with gradients may read them
-                lengths = row_norms(site.rows(weight), self.A, self.B, self.s)
+                lengths = row_norms(site.rows(weight), *self.factors(), self.s)
             self._norms = _Norms(lengths, tuple(map(weakref.ref, tensors)), _states(tensors), self.s)
         return self._norms.lengths
 
@@ -152,7 +152,7 @@ class DoRA(LoRA):
 
     def dense(self, site: Site, weight: torch.Tensor) -> torch.Tensor:
         """W' - W in fp32 (fp64 for an fp64 weight), in the layout of the weight."""
-        return site.unrows(dense_delta(site.rows(weight), self.A, self.B, self.s, self.magnitude), weight)
+        return site.unrows(dense_delta(site.rows(weight), *self.factors(), self.s, self.magnitude), weight)
 
     def extra_repr(self) -> str:
         """As a LoRA's."""

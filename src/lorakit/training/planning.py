@@ -44,7 +44,7 @@ class Memory:
         process: interpreter and libraries; on a GPU, what CUDA takes for itself.
         held: what the C library and the kernels hold beyond what lives at once.
         weights: the base.
-        adapter: trained tensors with gradients, optimiser state and the best copy.
+        adapter: trained tensors with gradients, optimiser state and the best copy; what it holds besides.
         training: beside these, the most of a training step.
         activations: of `training`, what the forward pass keeps for the backward pass.
         logits: of `training`, the logits, whose gradient takes their place.
@@ -150,6 +150,7 @@ class Planner:
         self.model.to("meta")
         self.share = not has_dropout(self.model)  # as `loop.ready` has it
         self.trained = sum(p.numel() for p in handle.trainable_parameters())
+        self.fixed = sum(t.numel() for name in handle.names for t in handle.fixed_tensors(name).values())
         self.process = machine.resident_memory() if torch.device(config.device).type == "cpu" else CUDA_CONTEXT
 
     def plan(self, limit: int | None) -> RunPlan:
@@ -161,7 +162,7 @@ class Planner:
         return RunPlan(
             parameters=self.parameters,
             trained=self.trained,
-            adapter_bytes=4 * self.trained,  # in fp32, as they are trained
+            adapter_bytes=4 * (self.trained + self.fixed),  # in fp32, as they are trained
             steps=steps.total_steps,
             tokens=round(steps.tokens),
             computed=read / sum(len(self.train[row].ids) for batch in batches for row in batch.rows),
@@ -186,7 +187,7 @@ class Planner:
             process=self.process,
             held=HELD_ON_CPU if torch.device(self.config.device).type == "cpu" else 0,
             weights=self.weights,
-            adapter=BYTES_TRAINED * self.trained,
+            adapter=BYTES_TRAINED * self.trained + 4 * self.fixed,
             training=step.peak,
             activations=step.kept - step.logits,
             logits=step.logits,

@@ -397,7 +397,9 @@ def test_pefts_spellings():
     assert LoRAConfig.from_dict({"init_lora_weights": True}).init == "default"
     assert LoRAConfig.from_dict({"init_lora_weights": False}).init == "random"
     assert LoRAConfig.from_dict({"init_lora_weights": "OLoRA"}).init == "olora"
-    assert LoRAConfig.from_dict({"init_lora_weights": "pissa_niter_4"}).from_start
+    assert LoRAConfig.from_dict({"peft_init_lora_weights": "pissa_niter_4"}).from_start
+    with pytest.raises(ConfigError, match="set init to pissa"):
+        LoRAConfig.from_dict({"pissa_init": True})
 
 
 def test_from_data_names_layers_it_is_not_defined_for():
@@ -424,6 +426,14 @@ def test_the_residual_form_needs_halves():
     handle = lorakit.attach(model, config(case, r=3))
     with pytest.raises(AdapterError, match="these ranks are odd"):
         residual_form(handle.extract())
+
+
+def test_a_rank_that_is_too_high_is_told_from_a_skeleton():
+    case = CASES["llama"]
+    with torch.device("meta"):
+        skeleton = case.make()
+    with pytest.raises(ConfigError, match="has no 60 directions"):
+        lorakit.attach(skeleton, config(case, init="pissa", r=60), check_base=False)
 
 
 def test_a_blank_adapter_has_the_rank_of_the_file():

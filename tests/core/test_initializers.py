@@ -136,6 +136,18 @@ def test_components_are_pefts():
     assert torch.allclose(ours.shares, theirs.explained_variance_ratio_.double(), rtol=1e-3)
 
 
+def test_components_of_large_batches_are_close():
+    rows = (drawn(1500, 600) / torch.arange(1, 601)) @ torch.linalg.qr(drawn(600, 600, seed=3)).Q + 0.5
+    found = PrincipalComponents(24)
+    for batch in rows.split(700):
+        found.add(batch)
+    centred = rows.double() - rows.double().mean(0)
+    V = torch.linalg.svd(centred, full_matrices=False).Vh[:8]
+    assert float((found.directions[:8] @ V.T).norm()) > 0.98 * 8**0.5
+    best = (centred @ V.T).square().sum()
+    assert float((centred @ found.directions[:8].T).square().sum()) > 0.999 * float(best)
+
+
 def test_ranks_go_to_the_most_telling_directions():
     shares = {"a": torch.tensor([0.5, 0.4, 0.3]), "b": torch.tensor([0.6, 0.1]), "c": torch.tensor([0.05])}
     assert shared_ranks(shares, 4) == {"a": 3, "b": 1, "c": 0}

@@ -46,6 +46,7 @@ class LoRAConfig(Config):
         "lora_target_modules": "target_modules",
         "layers_to_transform": "layers",
         "init_lora_weights": "init",
+        "peft_init_lora_weights": "init",
         "trainable_token_indices": "trainable_tokens",
     }
     switches: ClassVar[Mapping[str, tuple[str, Any, Any]]] = {
@@ -54,6 +55,8 @@ class LoRAConfig(Config):
     }
     advice: ClassVar[Mapping[str, str]] = {
         "loftq_config": "leave it out: init loftq is all there is to say",
+        "pissa_init": "set init to pissa, or to pissa_niter_16 for the fast one",
+        "pissa_iter": "set init to pissa_niter_16, with the number of passes at its end",
         "eva_config": "set eva_rho",
         "lora_ga_config": "set lora_ga_gamma",
         "fan_in_fan_out": "leave it out: how a layer stores its weight is seen from the layer",

@@ -6,14 +6,14 @@ import torch
 
 from lorakit.core import lowrank
 
-_EXACT_UP_TO = 1024  # rows or columns whose products' eigenvectors take a fraction of a second
-_PASSES = 4
+_EXACT_UP_TO = 512  # rows or columns that are decomposed exactly, in fp64
+_PASSES = 2  # of the randomised decomposition of more, in fp32; the spectra of layers' inputs fall fast
 
 
 class PrincipalComponents:
     """The directions in which rows vary most around their mean, by the incremental singular value decomposition of Ross
-    et al. (IJCV 2008, section 3), as scikit-learn's IncrementalPCA and PEFT's: exact as long as `count` directions hold
-    all there is, else close.
+    et al. (IJCV 2008, section 3), as scikit-learn's IncrementalPCA and PEFT's: exact as long as batches are small and
+    `count` directions hold all there is, else close.
 
     Args:
         count: directions that are kept.
@@ -37,7 +37,7 @@ class PrincipalComponents:
     @property
     def varying(self) -> int:
         """In how many directions rows vary at all, as far as is kept."""
-        return int((self.strengths > 1e-7 * self.strengths[:1]).sum())
+        return int((self.strengths > 1e-6 * self.strengths[:1]).sum())
 
     @property
     def shares(self) -> torch.Tensor:
@@ -46,22 +46,23 @@ class PrincipalComponents:
 
     def add(self, rows: torch.Tensor) -> None:
         """Take more rows, (n, columns) of any floating dtype."""
-        wide = rows.detach().to("cpu", torch.float64)
-        n = len(wide)
-        mean = wide.mean(0)
-        parts = [wide - mean]
+        n, columns = rows.shape
+        exact = min(n + 1 + self.count, columns) <= _EXACT_UP_TO
+        wide = rows.detach().to("cpu", torch.float64 if exact else torch.float32)
+        mean = wide.mean(0, dtype=torch.float64)
+        parts = [wide - mean.to(wide.dtype)]
         if self._mean is not None and self.directions is not None:
             shift = (self.rows * n / (self.rows + n)) ** 0.5 * (self._mean - mean)
-            parts.append(shift.unsqueeze(0))
+            parts.append(shift.to(wide.dtype).unsqueeze(0))
             mean = (self.rows * self._mean + n * mean) / (self.rows + n)
-        self._squares += sum(float(part.square().sum()) for part in parts)
+        self._squares += sum(float(part.square().sum(dtype=torch.float64)) for part in parts)
         if self.directions is not None:
-            parts.append(self.strengths.unsqueeze(1) * self.directions)
+            parts.append((self.strengths.unsqueeze(1) * self.directions).to(wide.dtype))
         stacked = torch.cat(parts).unsqueeze(0)
         count = min(self.count, *stacked.shape[1:])
         found = (
             lowrank.leading_svd(stacked, count)
-            if min(stacked.shape[1:]) <= _EXACT_UP_TO
+            if exact
             else lowrank.subspace_svd(stacked, count, _PASSES, self._generator)
         )
         self.directions, self.strengths = found.V[0], found.S[0]

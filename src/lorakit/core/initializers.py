@@ -160,12 +160,12 @@ def from_weight(
     Raises:
         ConfigError: the matrices have fewer directions than r.
     """
-    if weight.is_meta:
-        return Init(torch.zeros(shape_A), torch.zeros(shape_B), from_start=True)
     n, out, columns = weight.shape
     r = math.prod(shape_B) // (n * out)
     if r > min(out, columns):
         raise ConfigError(f"a matrix of {out} x {columns} has no {r} directions to start from; lower its rank")
+    if weight.is_meta:
+        return Init(torch.zeros(shape_A), torch.zeros(shape_B), from_start=True)
     own = weight.detach()
     own = own.cpu() if own.device.type == "mps" else own  # where there is no fp64
     A, B = factorise(own.to(torch.promote_types(own.dtype, torch.float32)), r, s, generator)

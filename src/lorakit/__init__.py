@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from lorakit.adapter.attach import attach as attach
     from lorakit.adapter.combine import combine as combine
     from lorakit.adapter.config import LoRAConfig as LoRAConfig
+    from lorakit.adapter.starts import Starts as Starts
+    from lorakit.adapter.starts import starts_from_data as starts_from_data
     from lorakit.adapter.value import Adapter as Adapter
     from lorakit.errors import LorakitError as LorakitError
     from lorakit.evaluation import evaluate as evaluate
@@ -32,6 +34,7 @@ _PUBLIC = {
     "LoRAConfig": "lorakit.adapter.config",
     "LorakitError": "lorakit.errors",
     "Run": "lorakit.training.run",
+    "Starts": "lorakit.adapter.starts",
     "TrainConfig": "lorakit.training.config",
     "adapters": "lorakit.adapter.attach",
     "attach": "lorakit.adapter.attach",
@@ -40,6 +43,7 @@ _PUBLIC = {
     "generate": "lorakit.generation",
     "load_model": "lorakit.models",
     "merge": "lorakit.merging",
+    "starts_from_data": "lorakit.adapter.starts",
     "train": "lorakit.training.run",
 }
 

@@ -107,6 +107,36 @@ def test_a_fresh_one_changes_nothing_and_detaching_gives_every_bit_back(case):
     assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
 
 
+@cases
+def test_what_was_evaluated_in_inference_mode_can_be_trained(case):
+    model = case.build()
+    lorakit.attach(model, config(case))
+    with torch.inference_mode():
+        case.run(model)
+    case.run(model).sin().sum().backward()
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_lengths_follow_every_optimiser(fused):
+    """The fused one changes tensors without counting it."""
+    case = CASES["llama"]
+    model = case.build()
+    handle = lorakit.attach(model, config(case, dropout=0.0))
+    optimizer = torch.optim.AdamW(handle.trainable_parameters(), lr=0.1, fused=fused)
+    for _ in range(3):
+        with torch.no_grad():
+            case.run(model)
+        case.run(model).sin().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    with torch.no_grad():
+        got = case.run(model)
+    value = handle.extract()
+    handle.detach()
+    lorakit.attach(model, value)
+    assert relative(case.run(model), got) < 1e-6
+
+
 @pytest.mark.parametrize("bias", [True, False])
 def test_gradients_are_those_of_the_formula_with_the_lengths_held_constant(bias):
     """arXiv 2402.09353, section 4.3, by autograd on the dense weight in fp64; fused, and by the plain form."""
@@ -198,6 +228,7 @@ def test_each_row_of_a_route_gets_its_own(case, few):
     torch.testing.assert_close(got, torch.stack(expected), rtol=1e-4, atol=1e-5)
 
 
+@torch.no_grad()
 def test_lengths_are_computed_again_when_something_changed_and_only_then(monkeypatch):
     from lorakit.core import dora
 
@@ -214,8 +245,7 @@ def test_lengths_are_computed_again_when_something_changed_and_only_then(monkeyp
         before, count = case.run(model), len(calls)
         case.run(model)
         assert len(calls) == count  # nothing has changed
-        with torch.no_grad():
-            change()
+        change()
         different = not torch.equal(case.run(model), before)
         assert len(calls) == count + 1
         return different

@@ -152,6 +152,24 @@ def test_export_writes_what_convert_writes(style, pipeline, tmp_path):
     assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
 
 
+def test_export_takes_apart_what_began_as_a_part_of_the_weight(base, adapter, tmp_path):
+    model, _ = lorakit.load_model(base, dtype="fp32", device="cpu")
+    handle = lorakit.attach(model, LoRAConfig(r=2, init="olora"))
+    with torch.no_grad():
+        for tensor in handle.trainable_tensors().values():
+            tensor.add_(torch.linspace(-0.1, 0.1, tensor.numel()).view(tensor.shape))
+    handle.save("default", tmp_path / "a")
+    arguments = ("export", "--to", "peft-residual", "--model", base, "--adapter")
+    result, told = run(*arguments, tmp_path / "a", "--output", tmp_path / "r")
+    assert result.exit_code == 0, result.output
+    assert (told["rank"], told["merge"]["proof"]["passed"]) == (2, True)
+    assert Adapter.load(told["adapter"]).base.name == told["base"] == str(tmp_path / "r" / "base")
+    result, told = run(*arguments, adapter, "--output", tmp_path / "other")
+    assert result.exit_code == 2
+    assert "this one did not" in told["error"]["message"]
+    assert not (tmp_path / "other").exists()
+
+
 def test_what_targets_ask_for_is_passed_on(adapter, tmp_path):
     result, told = run(
         "export", "--adapter", adapter, "--to", "ollama", "--base-reference", "llama3.2", "--output", tmp_path / "o"

@@ -403,3 +403,29 @@ def test_what_is_not_here_is_refused_by_name_and_leaves_no_trace(settings, messa
     assert all(parameter.requires_grad for parameter in model.parameters())
     with pytest.raises(ValueError, match="has LoRA"):
         facade.get_peft_model(model, SimpleNamespace(task_type=None))
+
+
+@pytest.mark.parametrize("init", ["olora", "pissa", "pissa_niter_4"])
+def test_what_begins_as_a_part_of_the_weight_leaves_the_base_alone_and_is_saved_for_it(init, tmp_path):
+    ours = build(facade, init_lora_weights=init)
+    next_draw = torch.rand(3)
+    theirs = build(peft, init_lora_weights=init)
+    if "niter" not in init:  # whose decomposition draws too
+        assert torch.equal(next_draw, torch.rand(3))
+    case = CASES["llama"]
+    base = case.build()
+    assert torch.equal(case.run(ours), case.run(base))
+    torch.testing.assert_close(case.run(theirs), case.run(base), rtol=1e-4, atol=1e-4)
+    pristine = base.state_dict()
+    assert all(torch.equal(t, pristine[name]) for name, t in facade.get_base_model_state_dict(ours).items())
+    with torch.no_grad():
+        for parameter in ours.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.05)
+    ours.save_pretrained(tmp_path, path_initial_model_for_weight_conversion="not needed")
+    for lib in (peft, facade):
+        torch.testing.assert_close(
+            case.run(lib.PeftModel.from_pretrained(case.build(), tmp_path)), case.run(ours), rtol=1e-4, atol=1e-5
+        )
+    with pytest.raises(LorakitError, match="save_pretrained writes the adapter, as a plain one of twice the rank"):
+        facade.get_peft_model_state_dict(ours)

@@ -16,10 +16,14 @@ def tensors(step):
     return {"a.A": torch.randn(4, 3, generator=generator), "a.B": torch.randn(3, 4, generator=generator)}
 
 
+def fixed(step):
+    return {name + "0": tensor + 1 for name, tensor in tensors(step).items()}
+
+
 def save(folder, step, keep=2):
     cursor = Cursor(step=step, tokens=10 * step, best_loss=1 / 3, best_step=step, scaler={"scale": 32768.0})
     optimizer = {f"exp_avg.{name}": tensor / 7 for name, tensor in tensors(step).items()}
-    return save_checkpoint(folder, cursor, tensors(step), optimizer, tensors(step), IDENTITY, keep)
+    return save_checkpoint(folder, cursor, tensors(step), optimizer, tensors(step), fixed(step), IDENTITY, keep)
 
 
 def damage(path):
@@ -42,6 +46,7 @@ def test_round_trip_is_exact(tmp_path):
     for name, tensor in tensors(3).items():
         assert torch.equal(checkpoint.adapter[name], tensor)
         assert torch.equal(checkpoint.best[name], tensor)
+        assert torch.equal(checkpoint.fixed[name + "0"], tensor + 1)
         assert torch.equal(checkpoint.optimizer[f"exp_avg.{name}"], tensor / 7)
 
 
@@ -51,6 +56,7 @@ def test_no_pickle_and_no_foreign_file(tmp_path):
         "adapter.safetensors",
         "best.safetensors",
         "cursor.json",
+        "fixed.safetensors",
         "manifest.json",
         "optimizer.safetensors",
     ]

@@ -15,6 +15,7 @@ from lorakit.adapter import fingerprint, folding
 from lorakit.adapter.config import LoRAConfig
 from lorakit.adapter.folding import FoldReport
 from lorakit.adapter.resident import Resident, Update, updates_for
+from lorakit.adapter.starts import Starts
 from lorakit.adapter.updates import mixin_for
 from lorakit.adapter.value import Adapter, BaseInfo
 from lorakit.core.active import NOTHING, ActiveState, Route, Selection
@@ -27,7 +28,7 @@ _HANDLE = "_lorakit"
 
 def attach(
     model: nn.Module,
-    adapter: LoRAConfig | Adapter | str | Path,
+    adapter: LoRAConfig | Starts | Adapter | str | Path,
     name: str = "default",
     *,
     trainable: bool | None = None,
@@ -39,7 +40,8 @@ def attach(
 
     Args:
         model: any `nn.Module` with layers that multiply.
-        adapter: a config (a fresh adapter, whose update is zero), an `Adapter`, or the path of a saved one.
+        adapter: a config (a fresh adapter, whose update is zero), one with `Starts` from data, an `Adapter`, or the
+        path of a saved one.
         name: any non-empty string.
         trainable: whether its tensors require gradients; None: a fresh one yes, a loaded one no.
         seed: determines the initial values, together with each layer's path.
@@ -251,7 +253,7 @@ class AttachedAdapters:
     def add(
         self,
         name: str,
-        adapter: LoRAConfig | Adapter | str | Path,
+        adapter: LoRAConfig | Starts | Adapter | str | Path,
         *,
         trainable: bool | None = None,
         seed: int = 0,
@@ -282,13 +284,13 @@ class AttachedAdapters:
             )
         if isinstance(adapter, str | Path):
             adapter = Adapter.load(adapter, model=self.model)
-        if not isinstance(adapter, Adapter | LoRAConfig):
+        if not isinstance(adapter, Adapter | LoRAConfig | Starts):
             raise AdapterError(
                 f"an adapter is a LoRAConfig (a fresh one), an Adapter or a path, not {type(adapter).__name__}"
                 + ("; LoRAConfig.from_dict makes a config of a dict" if isinstance(adapter, dict) else "")
             )
         modules = dict(base_modules(self.model))
-        fresh = isinstance(adapter, LoRAConfig)
+        fresh = isinstance(adapter, LoRAConfig | Starts)
         here = None if fresh or not check_base else self.base_info()
         kinds, updates = updates_for(self.model, adapter, modules, seed=seed, here=here)
         before = self._residents.get(name)
@@ -345,7 +347,8 @@ class AttachedAdapters:
         return self.model
 
     def extract(self, name: str = "default") -> Adapter:
-        """A copy of an adapter as a value, on the CPU, in the dtype it is held in.
+        """A copy of an adapter as a value, on the CPU, in the dtype it is held in. One that began as a part of the
+        base's weight (PiSSA, OLoRA, LoRA-GA) is a plain one of twice the rank, for the same base.
 
         Raises:
             AdapterError: no such adapter.
@@ -363,6 +366,16 @@ class AttachedAdapters:
         "<path>.bias" (the layer's own), or the parameter's own name.
         """
         return self._resident(name).trainable_tensors()
+
+    def fixed_tensors(self, name: str = "default") -> dict[str, torch.Tensor]:
+        """What an adapter's update is computed from besides and no step changes, by stable names: "<path>.A0",
+        "<path>.B0", where A and B began; with `lora_fa`, "<path>.A". A checkpoint needs them; empty for most adapters.
+        """
+        return self._resident(name).fixed_tensors()
+
+    def output_side(self, name: str = "default") -> frozenset[str]:
+        """Which of `trainable_tensors` LoRA+ gives a higher rate: every B and every vector, none of an embedding's."""
+        return self._resident(name).output_side()
 
     def trainable_parameters(self) -> list[nn.Parameter]:
         """Every parameter that requires a gradient, of the adapters and (if somebody unfroze it) of the base: what an

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from lorakit.adapter import fingerprint
+from lorakit.adapter.began import at_twice_the_rank
 from lorakit.adapter.config import LoRAConfig
 from lorakit.adapter.targets import find_targets
 from lorakit.adapter.value import Adapter, Factors
@@ -15,11 +16,12 @@ from lorakit.core.layer import base_modules, base_parameters, bias_name
 
 
 def blank_adapter(model: nn.Module, config: LoRAConfig) -> Adapter:
-    """What `attach(model, config)` would hold, its tensors on the meta device. The model may be there too.
+    """What `attach(model, config)` would give to save, its tensors on the meta device. The model may be there too.
 
     Raises:
         TargetError: the config names what is not in the model or cannot be adapted.
     """
+    config = at_twice_the_rank(config) if config.from_start else config
     targets = find_targets(model, config)
     modules = dict(base_modules(model))
     factors = {}

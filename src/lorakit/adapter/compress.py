@@ -8,15 +8,18 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
+from lorakit.adapter.began import BEGAN
 from lorakit.adapter.config import LoRAConfig
 from lorakit.adapter.spectrum import decomposed, require_low_rank
 from lorakit.adapter.value import Adapter, Factors
 from lorakit.core import lowrank
 from lorakit.errors import AdapterError, bullet_list
+
+Number = TypeVar("Number", int, float)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -155,13 +158,15 @@ def with_factors(adapter: Adapter, factors: Mapping[str, Factors], **changes: An
         factors: alpha = r, which makes the scale 1.
         **changes: to further fields of the config.
     """
-    return replace(adapter, config=_config_of(adapter.config, factors, **changes), factors=dict(factors))
+    metadata = {key: value for key, value in adapter.metadata.items() if key != BEGAN}  # the halves are no more
+    config = _config_of(adapter.config, factors, **changes)
+    return replace(adapter, config=config, factors=dict(factors), metadata=metadata)
 
 
 def _config_of(config: LoRAConfig, factors: Mapping[str, Factors], **changes: Any) -> LoRAConfig:
     ranks = {path: f.r for path, f in factors.items()}
     r = Counter(ranks.values()).most_common(1)[0][0] if ranks else config.r
-    pattern = _pattern(ranks, r)
+    pattern = exact_pattern(ranks, r)
     return replace(
         config,
         r=r,
@@ -173,8 +178,8 @@ def _config_of(config: LoRAConfig, factors: Mapping[str, Factors], **changes: An
     )
 
 
-def _pattern(ranks: Mapping[str, int], default: int) -> dict[str, int]:
-    """A rank_pattern of whole paths that gives each layer its rank.
+def exact_pattern(ranks: Mapping[str, Number], default: Number) -> dict[str, Number]:
+    """A rank_pattern (or alpha_pattern) of whole paths that gives each layer its own.
 
     The first pattern that matches the end of a path counts, and a path may be the end of another ("out" of "net.out"):
     longer ones come first, and have a pattern if such an end has, or the attention they are in.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal
@@ -10,9 +11,21 @@ from typing import Annotated, Any, ClassVar, Literal
 import pydantic
 
 from lorakit.config import Config
+from lorakit.errors import nearest
+
+INITS = ("default", "gaussian", "orthogonal", "random", "olora", "pissa", "pissa_niter_16", "eva", "lora_ga", "loftq")
+"""Ways to begin; of `pissa_niter_` with any number of passes."""
+FROM_WEIGHT = frozenset({"olora", "pissa", "lora_ga"})
+"""Ways that begin with a part of the base's weight, so that the update counts from there (`pissa_niter_N` besides)."""
+FROM_DATA = frozenset({"eva", "lora_ga"})
+"""Ways that look at training rows first."""
+_NITER = re.compile(r"pissa_niter_\d+")
 
 # as PEFT writes them
-_TRUE_IS_DEFAULT = pydantic.BeforeValidator(lambda value: "default" if value is True else value)
+_AS_PEFT_SPELLS = {True: "default", False: "random"}
+_INIT = pydantic.BeforeValidator(
+    lambda value: _AS_PEFT_SPELLS.get(value, value) if isinstance(value, bool) else str(value).casefold()
+)
 _NONE_IS_EMPTY = pydantic.BeforeValidator(lambda value: () if value is None else value)
 
 
@@ -33,6 +46,7 @@ class LoRAConfig(Config):
         "lora_target_modules": "target_modules",
         "layers_to_transform": "layers",
         "init_lora_weights": "init",
+        "peft_init_lora_weights": "init",
         "trainable_token_indices": "trainable_tokens",
     }
     switches: ClassVar[Mapping[str, tuple[str, Any, Any]]] = {
@@ -40,7 +54,11 @@ class LoRAConfig(Config):
         "use_dora": ("delta", "dora", "lora"),
     }
     advice: ClassVar[Mapping[str, str]] = {
-        "loftq_config": "LoftQ is not in this version; init names what there is",
+        "loftq_config": "leave it out: init loftq is all there is to say",
+        "pissa_init": "set init to pissa, or to pissa_niter_16 for the fast one",
+        "pissa_iter": "set init to pissa_niter_16, with the number of passes at its end",
+        "eva_config": "set eva_rho",
+        "lora_ga_config": "set lora_ga_gamma",
         "fan_in_fan_out": "leave it out: how a layer stores its weight is seen from the layer",
         "task_type": "leave it out: it is seen from the model",
         "lora_target_linear": "leave it out: target_modules is all-linear unless you set it",
@@ -84,10 +102,25 @@ class LoRAConfig(Config):
     """How the update is parametrised. lora: W + s B A. dora (arXiv 2402.09353): that with every output's row made as
     long as a trained magnitude says, which starts at the length of W's own; not for MultiheadAttention and experts."""
 
-    init: Annotated[Literal["default", "gaussian", "orthogonal", "random"], _TRUE_IS_DEFAULT] = "default"
-    """default: A uniform(+-1/sqrt(fan_in)), B zero. gaussian: A normal(0, 1/r), B zero. orthogonal: A and B from one
-    orthogonal r x r matrix (r even). random: B like A, so that the update is not zero from the start; for tests.
-    """
+    init: Annotated[str, _INIT] = "default"
+    """How A and B begin; the model computes the same before the first step with all but random. default: A
+    uniform(+-1/sqrt(fan_in)), B zero. gaussian: A normal(0, 1/r), B zero. orthogonal: A and B from one orthogonal r x r
+    matrix (r even). random: B like A, so that the update is not zero; for tests. olora (arXiv 2406.01775): from a QR
+    decomposition of the weight. pissa (arXiv 2404.02948): its leading singular directions; pissa_niter_16: the same,
+    nearly, in less time. eva (arXiv 2410.07170): A from the inputs of each layer on training rows, B zero. lora_ga
+    (arXiv 2407.05000): from the gradient of each weight on training rows. loftq (arXiv 2310.08659): from what a
+    quantised base lost."""
+
+    eva_rho: float = 2.0
+    """init eva: the largest rank a layer may get is `r` times this; ranks go where inputs vary in more directions, and
+    their sum stays. 1: every layer keeps `r`."""
+
+    lora_ga_gamma: float = 16.0
+    """init lora_ga: the larger, the smaller the factors begin."""
+
+    lora_fa: bool = False
+    """Train B alone and keep A as it began (LoRA-FA, arXiv 2308.03303): half the optimiser's state, and no layer keeps
+    its input for the backward pass on the adapter's account."""
 
     bias: Literal["none", "all", "lora_only"] = "none"
     """Which biases are trained with the adapter: none, all of the model's, or those of adapted layers."""
@@ -104,6 +137,11 @@ class LoRAConfig(Config):
     """Token ids whose rows of the input embedding are trained whole (and, where the head is tied to it, of the head):
     for new tokens, at n x d parameters instead of the whole embedding's."""
 
+    @property
+    def from_start(self) -> bool:
+        """Whether the update counts from where A and B begin, a part of the base's weight."""
+        return self.init in FROM_WEIGHT or _NITER.fullmatch(self.init) is not None
+
     def problems(self) -> list[str]:
         """Ranges."""
         found = []
@@ -111,6 +149,14 @@ class LoRAConfig(Config):
             found.append(f"trainable_tokens: must be token ids from 0 (got {min(self.trainable_tokens)})")
         if len(set(self.trainable_tokens)) < len(self.trainable_tokens):
             found.append("trainable_tokens: names a token twice")
+        if self.init not in INITS and not _NITER.fullmatch(self.init):
+            guess = nearest(self.init, INITS)
+            hint = f"did you mean {' or '.join(guess)}?" if guess else f"there are {', '.join(INITS)}"
+            found.append(f"init: unknown {self.init!r}; {hint}")
+        if not 1 <= self.eva_rho < math.inf:
+            found.append(f"eva_rho: must be at least 1 (got {self.eva_rho})")
+        if not 0 < self.lora_ga_gamma < math.inf:
+            found.append(f"lora_ga_gamma: must be positive (got {self.lora_ga_gamma})")
         if self.r < 1:
             found.append(f"r: must be at least 1 (got {self.r})")
         if not math.isfinite(self.alpha) or self.alpha <= 0:

@@ -4,6 +4,7 @@ adapters are active.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -11,8 +12,10 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from lorakit.adapter.began import BEGAN, alpha_for_twice_the_rank, at_twice_the_rank
 from lorakit.adapter.config import LoRAConfig
 from lorakit.adapter.fit import refuse_mismatch, refuse_overlap
+from lorakit.adapter.starts import Starts
 from lorakit.adapter.targets import find_targets
 from lorakit.adapter.updates import (
     by_module,
@@ -24,7 +27,7 @@ from lorakit.adapter.updates import (
 from lorakit.adapter.value import Adapter, BaseInfo, Factors
 from lorakit.core.active import ActiveState
 from lorakit.core.attention import AdaptedAttention
-from lorakit.core.deltas import LayerUpdate, Replacement, StackedUpdate, trainable
+from lorakit.core.deltas import LayerUpdate, LoRA, Replacement, StackedUpdate, trainable
 from lorakit.core.dora import DoRA
 from lorakit.core.layer import AdaptedLayer, AdaptedModule, adapt, batch_dim_inside, restore
 from lorakit.core.sites import site_of
@@ -34,7 +37,7 @@ Update = LayerUpdate | Replacement
 
 def updates_for(
     model: nn.Module,
-    adapter: LoRAConfig | Adapter,
+    adapter: LoRAConfig | Starts | Adapter,
     modules: Mapping[str, nn.Module],
     *,
     seed: int,
@@ -44,7 +47,7 @@ def updates_for(
 
     Args:
         model: to be adapted.
-        adapter: a config (fresh updates), or a value.
+        adapter: a config (fresh updates), one with starts, or a value.
         modules: all of the model's by path, without what adapters hold.
         seed: of fresh updates.
         here: the base, where a value made on another is to be refused.
@@ -56,7 +59,7 @@ def updates_for(
         TargetError: the config names what is not in the model or cannot be adapted.
         AdapterMismatchError: the value does not fit.
     """
-    config = adapter.config if isinstance(adapter, Adapter) else adapter
+    config = adapter if isinstance(adapter, LoRAConfig) else adapter.config
     targets = find_targets(model, config)
     refuse_overlap(targets, modules)
     if isinstance(adapter, Adapter):
@@ -64,7 +67,8 @@ def updates_for(
         updates: dict[str, Update] = dict(loaded_updates(adapter, targets))
         updates |= {path: loaded_replacement(adapter, path, modules[path]) for path in targets.replaced}
     else:
-        updates = dict(fresh_updates(config, targets, modules, seed))
+        inits = adapter.inits if isinstance(adapter, Starts) else None
+        updates = dict(fresh_updates(config, targets, modules, seed, inits))
         updates |= {path: fresh_replacement(modules[path]) for path in targets.replaced}
     return {target.path: target.site.kind for target in targets.layers}, updates
 
@@ -108,6 +112,8 @@ class Resident:
                 adapted.lorakit_site = site
             adapted.lorakit_batch_dim = batch_dim_inside(modules.get(path.rpartition(".")[0]))
             update.requires_grad_(trainable).train(module.training)
+            for lora in loras_of(update) if self.config.lora_fa else ():
+                lora.A.requires_grad_(False)
             # a skeleton's weights are nowhere; what an adapter holds is somewhere all the same
             adapted.lorakit_updates[self.slot] = update if device.type == "meta" else update.to(device)
             self.modules[path] = adapted
@@ -130,7 +136,9 @@ class Resident:
                 yield path, cast("LayerUpdate | Replacement", update)
 
     def value(self, base: BaseInfo) -> Adapter:
-        """A copy as a value, on the CPU, in the dtype it is held in."""
+        """A copy as a value, on the CPU, in the dtype it is held in. One whose update counts from its start is a plain
+        one of twice the rank.
+        """
         factors: dict[str, Factors] = {}
         biases: dict[str, torch.Tensor] = {}
         replaced: dict[str, torch.Tensor] = {}
@@ -141,10 +149,11 @@ class Resident:
                 continue
             if update.lora is not None:
                 lora = update.lora
+                A, B = lora.factors()
                 factors[path] = Factors(
-                    A=_copied(lora.A),
-                    B=_copied(lora.B),
-                    alpha=lora.alpha,
+                    A=_copied(A),
+                    B=_copied(B),
+                    alpha=alpha_for_twice_the_rank(lora.alpha, self.config) if self.config.from_start else lora.alpha,
                     kind=self.kinds[path],  # type: ignore[arg-type]
                     bias=None if lora.bias is None else _copied(lora.bias),
                     magnitude=_copied(lora.magnitude) if isinstance(lora, DoRA) else None,
@@ -153,24 +162,70 @@ class Resident:
                 biases[path] = _copied(update.bias)
             if update.tokens is not None and not update.lent:
                 tokens[path] = _copied(update.tokens.rows)
-        return Adapter(config=self.config, factors=factors, biases=biases, replaced=replaced, tokens=tokens, base=base)
+        config, metadata = self.config, {}
+        if config.from_start:
+            metadata[BEGAN] = json.dumps({"init": config.init, "r": config.r})
+            config = at_twice_the_rank(config)
+        return Adapter(
+            config=config,
+            factors=factors,
+            biases=biases,
+            replaced=replaced,
+            tokens=tokens,
+            base=base,
+            metadata=metadata,
+        )
+
+    def fixed_tensors(self) -> dict[str, torch.Tensor]:
+        """What its update is computed from and is not trained, by stable names: where A and B began, if it counts from
+        there, and A, if B alone is trained.
+        """
+        fixed: dict[str, torch.Tensor] = {}
+        for path, lora in self._loras():
+            fixed |= {f"{path}.A": lora.A.detach()} if self.config.lora_fa else {}
+            fixed |= {f"{path}.{name}": tensor for name, tensor in lora.named_buffers()}
+        return fixed
+
+    def _loras(self) -> Iterator[tuple[str, LoRA]]:
+        for path, update in self.updates():
+            if isinstance(update, LayerUpdate) and update.lora is not None:
+                yield path, update.lora
 
     def trainable_tensors(self) -> dict[str, nn.Parameter]:
         """All tensors it trains, by stable names."""
         return {
-            f"{path}.{tensor}": parameter for path, update in self.updates() for tensor, parameter in trainable(update)
+            f"{path}.{tensor}": parameter
+            for path, update in self.updates()
+            for tensor, parameter in trainable(update)
+            if not (self.config.lora_fa and tensor == "A" and isinstance(update, LayerUpdate))
         }
+
+    def output_side(self) -> frozenset[str]:
+        """Names of the trained tensors that LoRA+ (arXiv 2402.12354) gives a higher rate: every B and every vector, as
+        PEFT has it, but none of an embedding, where A is what begins as zero.
+        """
+        lookups = tuple(f"{path}." for path, kind in self.kinds.items() if kind == "embedding")
+        return frozenset(
+            name
+            for name, tensor in self.trainable_tensors().items()
+            if (name.endswith(".B") or tensor.ndim == 1) and not name.startswith(lookups)
+        )
 
     def summary(self) -> dict[str, Any]:
         """Counts for printing and JSON: layers, ranks, parameters, bytes."""
         tensors = self.trainable_tensors()
-        loras = [update.lora for _, update in self.updates() if isinstance(update, LayerUpdate)]
+        loras = [lora for _, lora in self._loras()]
         return {
-            "layers": sum(lora is not None for lora in loras),
-            "ranks": sorted({lora.r for lora in loras if lora is not None}),
+            "layers": len(loras),
+            "ranks": sorted({lora.r for lora in loras}),
             "parameters": sum(p.numel() for p in tensors.values()),
             "bytes": sum(p.numel() * p.element_size() for p in tensors.values()),
         }
+
+
+def loras_of(update: nn.Module) -> Iterator[LoRA]:
+    """The low-rank updates in what a module holds."""
+    return (module for module in update.modules() if isinstance(module, LoRA))
 
 
 def _copied(tensor: torch.Tensor) -> torch.Tensor:

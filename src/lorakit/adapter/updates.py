@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
 
-from lorakit.adapter.config import LoRAConfig
+from lorakit.adapter.config import FROM_DATA, LoRAConfig
 from lorakit.adapter.targets import Target, Targets, readers
 from lorakit.adapter.value import Adapter
 from lorakit.core import initializers, lowrank
@@ -16,6 +18,7 @@ from lorakit.core.attention import AdaptedAttention
 from lorakit.core.deltas import LayerUpdate, LoRA, Replacement, StackedUpdate, TokenRows
 from lorakit.core.dora import DoRA, row_norms
 from lorakit.core.experts import AdaptedExperts
+from lorakit.core.initializers import Init
 from lorakit.core.layer import AdaptedLayer, AdaptedModule, ReplacedModule, bias_name
 from lorakit.core.weights import base_weight_of
 from lorakit.errors import ConfigError
@@ -58,14 +61,27 @@ def seeded(seed: int, path: str, device: torch.device | str = "cpu") -> torch.Ge
 
 
 def fresh_updates(
-    config: LoRAConfig, targets: Targets, modules: Mapping[str, nn.Module], seed: int
+    config: LoRAConfig,
+    targets: Targets,
+    modules: Mapping[str, nn.Module],
+    seed: int,
+    inits: Mapping[str, Init] | None = None,
 ) -> Iterator[tuple[str, LayerUpdate]]:
     """Updates that change nothing yet, by module path; drawn from the seed and each path.
 
+    Args:
+        config: what the targets were found by.
+        targets: its layers.
+        modules: the model's, by path.
+        seed: of draws.
+        inits: module path -> factors to begin with, where they are known.
+
     Raises:
         TargetError: a layer cannot carry its rank, or its weight cannot be read.
+        ConfigError: the init is not for these layers.
     """
-    loras = {target.path: _fresh_lora(config, target, seed) for target in targets.layers}
+    known = inits or {}
+    loras = {target.path: _fresh_lora(config, target, seed, known.get(target.path)) for target in targets.layers}
     tokens = None
     if targets.tokens:
         indices = torch.tensor(config.trainable_tokens)
@@ -81,52 +97,99 @@ def _update(
     return LayerUpdate(lora, bias, tokens if path in targets.tokens else None, lent=path in targets.tokens[1:])
 
 
-def _fresh_lora(config: LoRAConfig, target: Target, seed: int) -> LoRA:
+def _fresh_lora(config: LoRAConfig, target: Target, seed: int, init: Init | None) -> LoRA:
     stored = base_weight_of(target.module, target.path, target.site.weight_name)
-    shape_A, shape_B = target.site.shapes(target.module, target.r, target.path)
-    # an embedding looks up columns of A: its default starts with A zero, so that no rare token begins with a random row
-    by_name = initializers.FOR_EMBEDDINGS if target.site.kind == "embedding" else initializers.INITIALIZERS
-    initializer = by_name[config.init]
     generator = seeded(seed, target.path)
-    if target.site.kind == "experts":  # each a matrix of its own
-        starts = [initializer(shape_A[1:], shape_B[1:], generator) for _ in range(shape_A[0])]
-        A, B = torch.stack([start.A for start in starts]), torch.stack([start.B for start in starts])
-        return _lora(config, A, B, target.alpha, target.r)
-    if len(shape_A) > 2 and config.init == "orthogonal":
-        raise ConfigError(f"{target.path}: init 'orthogonal' is defined for matrices, not for convolutions")
-    start = initializer(shape_A, shape_B, generator)
-    bias = initializers.bias(config.init, shape_B, generator) if config.lora_bias else None
+    if init is None:
+        init = _start(config, target, stored.read(target.module), generator)
+    else:  # which may begin other adapters too
+        init = init._replace(A=init.A.detach().clone(), B=init.B.detach().clone())
+    stuck = config.lora_fa and not stored.read(target.module).is_meta and not init.A.any()
+    if stuck:
+        raise ConfigError(
+            f"{target.path}: lora_fa keeps A as it begins, and an embedding's begins as zero (init {config.init!r}), "
+            "so it would never change; leave it out by exclude_modules, or choose init gaussian"
+        )
+    bias = initializers.bias(config.init, init.B.shape, generator) if config.lora_bias else None
     magnitude = None
     if config.delta == "dora":  # the layer's own function at first: rows as long as they are
         weight, s = target.site.rows(stored.read(target.module)), lowrank.scale(target.alpha, target.r, config.scaling)
+        B = torch.zeros_like(init.B) if init.from_start else init.B
         if weight.is_meta:  # a skeleton's rows have no length
             magnitude = torch.ones(len(weight))
         else:
-            magnitude = row_norms(weight, start.A.to(weight.device), start.B.to(weight.device), s).float()
-    return _lora(config, start.A, start.B, target.alpha, target.r, bias, magnitude)
+            magnitude = row_norms(weight, init.A.to(weight.device), B.to(weight.device), s).float()
+    return _lora(config, target, init, bias, magnitude)
+
+
+def _start(config: LoRAConfig, target: Target, weight: torch.Tensor, generator: torch.Generator) -> Init:
+    """The factors with which a layer begins, by the config's init.
+
+    Raises:
+        ConfigError: the init is not for this layer, or needs more than the layer.
+    """
+    site, stacked = target.site, target.site.kind == "experts"
+    shape_A, shape_B = site.shapes(target.module, target.r, target.path)
+    if factorise := initializers.factorisation(config.init):
+        matrices = site.matrices(weight, 1 if stacked else shape_A[0] // shape_B[1])
+        s = lowrank.scale(target.alpha, target.r, config.scaling)
+        try:
+            return initializers.from_weight(factorise, matrices, shape_A, shape_B, s, generator)
+        except ConfigError as error:
+            raise ConfigError(f"{target.path}: init {config.init!r}: {error}") from None
+    if config.init in FROM_DATA:
+        if weight.is_meta:  # a skeleton has no data either
+            return Init(torch.zeros(shape_A), torch.zeros(shape_B), from_start=config.init == "lora_ga")
+        raise ConfigError(
+            f"init {config.init!r} looks at data: attach what lorakit.starts_from_data(model, config, batches) gives, "
+            "instead of the config; lorakit train does it with its training rows"
+        )
+    if config.init == "loftq":
+        raise ConfigError(
+            f"{target.path}: init 'loftq' makes up for what quantising the base lost, and this weight is stored as "
+            f"{weight.dtype}: load the base quantised, or choose pissa, which starts from the weight itself"
+        )
+    # an embedding looks up columns of A: its default starts with A zero, so that no rare token begins with a random row
+    by_name = initializers.FOR_EMBEDDINGS if site.kind == "embedding" else initializers.INITIALIZERS
+    initializer = by_name[config.init]
+    if stacked:  # each a matrix of its own
+        starts = [initializer(shape_A[1:], shape_B[1:], generator) for _ in range(shape_A[0])]
+        return Init(torch.stack([start.A for start in starts]), torch.stack([start.B for start in starts]))
+    if len(shape_A) > 2 and config.init == "orthogonal":
+        raise ConfigError(f"{target.path}: init 'orthogonal' is defined for matrices, not for convolutions")
+    return initializer(shape_A, shape_B, generator)
 
 
 def _lora(
     config: LoRAConfig,
-    A: torch.Tensor,
-    B: torch.Tensor,
-    alpha: float,
-    r: int,
+    target: Target,
+    init: Init,
     bias: torch.Tensor | None = None,
     magnitude: torch.Tensor | None = None,
 ) -> LoRA:
-    s = lowrank.scale(alpha, r, config.scaling)
+    settings: dict[str, Any] = {
+        "alpha": target.alpha,
+        "s": lowrank.scale(target.alpha, target.r, config.scaling),
+        "dropout": config.dropout,
+        "r": target.r,
+        "from_start": init.from_start,
+        "stacked": target.site.kind == "experts",
+    }
     if magnitude is not None:
-        return DoRA(A, B, magnitude, alpha=alpha, s=s, dropout=config.dropout, r=r)
-    return LoRA(A, B, alpha=alpha, s=s, dropout=config.dropout, r=r, bias=bias)
+        return DoRA(init.A, init.B, magnitude, **settings)
+    return LoRA(init.A, init.B, bias=bias, **settings)
 
 
 def loaded_updates(adapter: Adapter, targets: Targets) -> Iterator[tuple[str, LayerUpdate]]:
     """Updates from a value that was checked against the targets; copies, so that the value stays one."""
     loras = {}
-    for path, f in adapter.factors.items():
+    for target in targets.layers:
+        f = adapter.factors[target.path]
         own = {name: tensor.detach().clone() for name, tensor in f.tensors().items()}
-        loras[path] = _lora(adapter.config, own["A"], own["B"], f.alpha, f.r, own.get("B.bias"), own.get("magnitude"))
+        as_target = replace(target, r=f.r, alpha=f.alpha)
+        loras[target.path] = _lora(
+            adapter.config, as_target, Init(own["A"], own["B"]), own.get("B.bias"), own.get("magnitude")
+        )
     tokens = None
     if targets.tokens:
         rows = adapter.tokens[targets.tokens[0]].detach().float().clone()

@@ -13,6 +13,9 @@ from lorakit.cli.files import context_for_writing, context_of, context_options, 
 from lorakit.config import Config
 from lorakit.errors import ConfigError
 
+RESIDUAL = "peft-residual"
+"""A target that is no format of adapters: an adapter and a base of its own."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class _Planned(Config):
@@ -48,6 +51,9 @@ def command(
 
     With --lint nothing is written: what the target cannot carry is listed, of --adapter, or, before there is one, of
     the settings (the same as for train, or --config run.yaml) on --model. Exit code 2 if there is such a thing.
+
+    --to peft-residual takes an adapter that began as a part of its base's weight (init pissa, olora, lora_ga) apart
+    again: OUTPUT/adapter of the rank it was trained with, and OUTPUT/base, the base for it.
     """
     flags = click.get_current_context().params
     given = {key.removeprefix("lora__") for key in flags if key.startswith("lora__") and flags[key] is not None}
@@ -71,7 +77,20 @@ def command(
     if adapter is None or output is None:
         missing = [flag for flag, value in (("--adapter", adapter), ("--output", output)) if value is None]
         raise ConfigError(f"export needs {' and '.join(missing)}; to check settings before training, add --lint")
+    if to == RESIDUAL:
+        emit(_residual(adapter, output, model), as_json)
+        return
     emit(transcribe(adapter, source_format, to, output, context_of(model, alpha, **known)), as_json)
+
+
+def _residual(adapter: str, output: str, model: str | None) -> dict[str, Any]:
+    from lorakit.merging.residual import save_residual
+
+    with console.status("reading the base") as status:
+        made = save_residual(adapter, output, model=model, on_stage=status.update)
+    console.print(f"wrote  {made.base}: the base without what the adapter began with ({made.merge.how})")
+    console.print(f"wrote  {made.adapter}: rank {made.rank}, for that base and no other")
+    return {"ok": True, "to": RESIDUAL, **made.to_dict()}
 
 
 def _obstacles(

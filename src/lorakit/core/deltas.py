@@ -12,12 +12,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lorakit.core import kernels
+from lorakit.core import kernels, lowrank
 from lorakit.core.sites import LinearSite, Site, TransposedLinearSite
 
 
 class LoRA(nn.Module):
     """The update s B A of one layer (arXiv 2106.09685), or s (B A x + bias) where B has a bias (PEFT's `lora_bias`).
+
+    Where A and B began as a part of the base's weight (PiSSA, OLoRA, LoRA-GA), the update is what they have moved
+    since: s (B A - B0 A0). The base is not touched for that, see ARCHITECTURE.md.
 
     Attributes:
         A: (r, in, *kernel) parameter, fp32 whatever the base's dtype; (experts, r, in) for stacked experts.
@@ -27,7 +30,13 @@ class LoRA(nn.Module):
         dropout: probability for elements of the input of A, while training.
         r: rank.
         bias: (out,) parameter, fp32: B's; None for most adapters, and for embeddings, attentions and experts.
+        A0: where A began, frozen, if the update counts from there; else None.
+        B0: where B began, likewise.
+        stacked: the first dimension of A and B counts experts.
     """
+
+    A0: torch.Tensor | None
+    B0: torch.Tensor | None
 
     def __init__(
         self,
@@ -39,10 +48,15 @@ class LoRA(nn.Module):
         dropout: float = 0.0,
         r: int | None = None,
         bias: torch.Tensor | None = None,
+        from_start: bool = False,
+        stacked: bool = False,
     ) -> None:
         super().__init__()
         self.A = nn.Parameter(A)
         self.B = nn.Parameter(B)
+        self.register_buffer("A0", A.detach().clone() if from_start else None)
+        self.register_buffer("B0", B.detach().clone() if from_start else None)
+        self.stacked = stacked
         self.bias = None if bias is None else nn.Parameter(bias)
         self.alpha = alpha
         self.s = s
@@ -54,6 +68,16 @@ class LoRA(nn.Module):
         """The one that has the parameters: two layers with one weight may have one update."""
         return self
 
+    def factors(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The A and B whose product is the update: its own, or of twice the rank, [A; A - A0] and [B - B0, B0].
+
+        B A - B0 A0 = (B - B0) A + B0 (A - A0): small numbers are multiplied and nothing large cancels, so that in bf16
+        too the update has the accuracy of its own size, and before the first step is zero to the bit.
+        """
+        if self.A0 is None or self.B0 is None:
+            return self.A, self.B
+        return lowrank.side_by_side(self.A, self.B - self.B0, self.A - self.A0, self.B0, stacked=self.stacked)
+
     def forward(
         self, site: Site, layer: nn.Module, x: torch.Tensor, y: torch.Tensor, out: slice = slice(None)
     ) -> torch.Tensor:
@@ -64,7 +88,8 @@ class LoRA(nn.Module):
         if self.dropout and self.training and x.is_floating_point():  # an embedding's input are indices
             x = F.dropout(x, self.dropout)
         bias = None if self.bias is None else self.bias[out].to(dtype)
-        return site.up(layer, site.down(layer, x, self.A.to(dtype)), self.B[out].to(dtype), bias) * self.s
+        A, B = self.factors()
+        return site.up(layer, site.down(layer, x, A.to(dtype)), B[out].to(dtype), bias) * self.s
 
     def for_expert(self, x: torch.Tensor, A: torch.Tensor, B: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """The update of one expert's output for the tokens `x` (n, in) sent to it; A (r, in) and B (out, r) are its."""
@@ -94,15 +119,17 @@ class LoRA(nn.Module):
             or not self.can_fuse(x, layer.weight)
         ):
             return None
-        return kernels.LoRAOperands(layer.weight, layer.bias, self.A, self.B, self.s * weight)
+        return kernels.LoRAOperands(layer.weight, layer.bias, *self.factors(), self.s * weight)
 
     def dense(self, site: Site, weight: torch.Tensor) -> torch.Tensor:
         """The update in fp32, s B A, in the layout of the layer's `weight`."""
-        return site.dense(self.A.detach().float(), self.B.detach().float(), self.s)
+        A, B = self.factors()
+        return site.dense(A.detach().float(), B.detach().float(), self.s)
 
     def extra_repr(self) -> str:
         """Rank and scale, for print(model)."""
         more = (f", dropout={self.dropout:g}" if self.dropout else "") + (", bias" if self.bias is not None else "")
+        more += ", from its start" if self.A0 is not None else ""
         return f"r={self.r}, s={self.s:g}{more}"
 
 

@@ -115,13 +115,17 @@ class DoRA(LoRA):
         return self.__dict__ | {"_norms": None}
 
     def norms(self, site: Site, layer: nn.Module) -> torch.Tensor:
-        """Lengths of the rows of W + s B A, (out,); kept until one of the three changes."""
+        """Lengths of the rows of W + s B A, (out,); while nothing is trained kept until one of the three changes."""
         weight = getattr(layer, site.weight_name)  # sharded, it is no parameter while it is whole
         tensors = (weight, self.A, self.B)
-        if torch.compiler.is_compiling() or any(t.is_inference() for t in tensors):  # which count no versions
-            return row_norms(site.rows(weight), self.A, self.B, self.s)
+        training = torch.is_grad_enabled() and (self.A.requires_grad or self.B.requires_grad)
+        # fused optimisers change tensors without counting it, so what training reads is neither kept nor left behind
+        if training or torch.compiler.is_compiling() or any(t.is_inference() for t in tensors):  # which count nothing
+            self._norms = None
+            return row_norms(site.rows(weight), *self.factors(), self.s)
         if self._norms is None or not self._norms.hold(tensors, self.s):
-            lengths = row_norms(site.rows(weight), self.A, self.B, self.s)
+            with torch.inference_mode(False), torch.no_grad():  # a later pass with gradients may read them
+                lengths = row_norms(site.rows(weight), *self.factors(), self.s)
             self._norms = _Norms(lengths, tuple(map(weakref.ref, tensors)), _states(tensors), self.s)
         return self._norms.lengths
 
@@ -148,7 +152,7 @@ class DoRA(LoRA):
 
     def dense(self, site: Site, weight: torch.Tensor) -> torch.Tensor:
         """W' - W in fp32 (fp64 for an fp64 weight), in the layout of the weight."""
-        return site.unrows(dense_delta(site.rows(weight), self.A, self.B, self.s, self.magnitude), weight)
+        return site.unrows(dense_delta(site.rows(weight), *self.factors(), self.s, self.magnitude), weight)
 
     def extra_repr(self) -> str:
         """As a LoRA's."""

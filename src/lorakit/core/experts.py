@@ -80,7 +80,8 @@ class AdaptedExperts(AdaptedModule):
                 for lora, weight in loras:
                     assert lora is not None, "what is updated by name is updated by low rank"
                     assert site is not None, "find_targets refuses parameters without one"
-                    change = site.dense(lora.A.float(), lora.B.float(), lora.s * weight)
+                    A, B = lora.factors()
+                    change = site.dense(A.float(), B.float(), lora.s * weight)
                     changed[name] = changed.get(name, own.float()) + change
         return self.as_base(**{name: wide.to(self.get_parameter(name)) for name, wide in changed.items()}).forward(
             *args, **kwargs
@@ -182,7 +183,8 @@ def _project(
     for one in held:
         lora = cast("LayerUpdate", one.update.updates[name]).lora if name in one.update.updates else None
         # unbound once: the gradient of each slice on its own would be a tensor as large as the stack
-        loras.append(None if lora is None else (lora, lora.A.unbind(0), lora.B.unbind(0)))
+        factors = None if lora is None else lora.factors()
+        loras.append(None if lora is None or factors is None else (lora, factors[0].unbind(0), factors[1].unbind(0)))
     done = []
     for group in groups:
         e, mine = group.expert, x[group.start : group.end]

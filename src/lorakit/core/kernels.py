@@ -20,9 +20,9 @@ class _LoRALinears(torch.autograd.Function):
     """y_i = x W_i^T + b_i + s_i (x A_i^T) B_i^T for layers given the same x, with W and b frozen; A and B may be wider
     in dtype than x.
 
-    Against autograd's own graph: x is saved once and in its own dtype (no fp32 copy), the rank-r products are added in
-    place to the big ones, and all A_i meet x (and its gradient) as one matrix. How a W_i multiplies `core.products`
-    decides.
+    Against autograd's own graph: x is saved once and in its own dtype (no fp32 copy), and not at all where no A is
+    trained, the rank-r products are added in place to the big ones, and all A_i meet x (and its gradient) as one
+    matrix. How a W_i multiplies `core.products` decides.
     """
 
     @staticmethod
@@ -31,7 +31,8 @@ class _LoRALinears(torch.autograd.Function):
     ) -> tuple[torch.Tensor, ...]:
         W, b, A, B = (tensors[i::4] for i in range(4))  # b's may be None
         h = x @ _stacked(A, x.dtype).T  # (T, R), R the sum of ranks
-        ctx.save_for_backward(x, h, *W, *A, *B)
+        keeps_x = any(ctx.needs_input_grad[5::4])  # for the gradient of A alone
+        ctx.save_for_backward(x if keeps_x else None, h, *W, *A, *B)
         ctx.scales, ctx.copies = scales, copies
         ranks = [len(A_i) for A_i in A]
         outputs = products.forwards(x, W, b, copies)
@@ -47,12 +48,12 @@ class _LoRALinears(torch.autograd.Function):
         n = len(ctx.scales)
         W, A, B = rest[:n], rest[n : 2 * n], rest[2 * n :]
         ranks = [len(A_i) for A_i in A]
-        parts = [(g @ B_i.to(x.dtype)).mul_(s) for g, B_i, s in zip(grad_outputs, B, ctx.scales, strict=True)]
+        parts = [(g @ B_i.to(h.dtype)).mul_(s) for g, B_i, s in zip(grad_outputs, B, ctx.scales, strict=True)]
         g_h = parts[0] if n == 1 else torch.cat(parts, dim=1)  # (T, R), the gradient of h
         grad_x = grad_A = None
         if ctx.needs_input_grad[0]:
             grad_x = products.backwards(grad_outputs, W, ctx.copies)
-            grad_x.addmm_(g_h, _stacked(A, x.dtype))
+            grad_x.addmm_(g_h, _stacked(A, h.dtype))
         if any(ctx.needs_input_grad[5::4]):
             grad_A = torch.split(g_h.T @ x, ranks)
         grads: list[torch.Tensor | None] = [grad_x, None, None]

@@ -51,13 +51,13 @@ def add_stacked(
     kept = route.stacks.get(layer)
     stack = kept if isinstance(kept, _Stack) and kept.versions == versions and len(kept.own) == len(x) else None
     if stack is None or stack.A.dtype != y.dtype or stack.A.device != y.device:
-        A = torch.cat([lora.A for lora in loras if lora is not None]).to(y)
-        B = torch.cat([lora.B.T * lora.s for lora in loras if lora is not None]).to(y)
+        factors = [(*lora.factors(), lora.s) for lora in loras if lora is not None]
+        A = torch.cat([A for A, _, _ in factors]).to(y)
+        B = torch.cat([B.T * s for _, B, s in factors]).to(y)
         own, start = y.new_zeros(len(x), len(A)), 0
-        for lora, (_, rows) in zip(loras, routed, strict=True):
-            assert lora is not None
-            own[rows, start : start + lora.r] = 1
-            start += lora.r
+        for (of_one, _, _), (_, rows) in zip(factors, routed, strict=True):
+            own[rows, start : start + len(of_one)] = 1
+            start += len(of_one)
         stack = route.stacks[layer] = _Stack(versions, A, B, own)
     h = x @ stack.A.T  # (N, ..., R)
     h *= stack.own if h.ndim == 2 else stack.own.view(len(x), *[1] * (h.ndim - 2), -1)

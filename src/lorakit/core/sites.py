@@ -40,6 +40,13 @@ class Site:
         """Undo `rows`: (outputs, columns) in the layout of the layer's `weight`."""
         return matrix
 
+    def matrices(self, weight: torch.Tensor, groups: int) -> torch.Tensor:
+        """The layer's weight as the matrices that B A is added to: (groups, outputs / groups, columns), a view where it
+        can be.
+        """
+        rows = self.rows(weight)
+        return rows.reshape(groups, -1, rows.shape[1])
+
     def shapes(self, layer: Any, r: int, path: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Shapes of A and B for rank `r`.
 
@@ -140,6 +147,10 @@ class ExpertsSite(Site):
         if self.transposed:
             out_features, in_features = in_features, out_features
         return (experts, r, in_features), (experts, out_features, r)
+
+    def matrices(self, weight: torch.Tensor, groups: int) -> torch.Tensor:
+        """(experts, out, in), as the factors lie."""
+        return weight.unsqueeze(0) if self.single else weight.mT if self.transposed else weight
 
     def dense(self, A: torch.Tensor, B: torch.Tensor, s: float) -> torch.Tensor:
         """(experts, out, in), (experts, in, out) where transposed, or (out, in) where single."""

@@ -157,7 +157,7 @@ def _config_for_peft(adapter: Adapter) -> dict[str, Any]:
         "bias": config.bias,
         "fan_in_fan_out": architecture.startswith("GPT2"),
         "inference_mode": True,
-        "init_lora_weights": _INIT_FOR_PEFT[config.init],
+        "init_lora_weights": _init_for_peft(config),
         "lora_alpha": int(config.alpha) if config.alpha == int(config.alpha) else config.alpha,
         "lora_dropout": config.dropout,
         **({"lora_bias": True} if config.lora_bias else {}),  # older PEFTs do not know the key
@@ -173,6 +173,11 @@ def _config_for_peft(adapter: Adapter) -> dict[str, Any]:
         "use_rslora": config.scaling == "rslora",
         **peft_nested.settings(adapter),
     }
+
+
+def _init_for_peft(config: LoRAConfig) -> bool | str:
+    """How the tensors began says nothing once they are there, and PEFT would ask for data, or change the base."""
+    return _INIT_FOR_PEFT.get(config.init, True)
 
 
 def _patterns(adapter: Adapter) -> tuple[dict[str, int], dict[str, float]]:
@@ -197,7 +202,7 @@ def _beside(adapter: Adapter) -> dict[str, str]:
     written, config = _config_for_peft(adapter), adapter.config.to_dict()
     own = {"target_modules": config["target_modules"], "exclude_modules": config["exclude_modules"]}
     own |= {"layers_to_transform": config["layers"], "target_parameters": config["target_parameters"] or None}
-    own |= {"lora_dropout": config["dropout"], "init_lora_weights": _INIT_FOR_PEFT[adapter.config.init]}
+    own |= {"lora_dropout": config["dropout"], "init_lora_weights": _init_for_peft(adapter.config)}
     changed = {key: [written[key], value] for key, value in own.items() if written[key] != value}  # PEFT's, ours
     attentions = peft_nested.input_only(adapter)
     if not changed and not attentions:
@@ -313,7 +318,7 @@ def read_config(values: Any, where: Path | str) -> LoRAConfig:
                 layers=(layers,) if isinstance(layers, int) else tuple(layers) if layers else None,
                 scaling="rslora" if values.get("use_rslora") else "lora",
                 delta="dora" if values.get("use_dora") else "lora",
-                init=_INIT_ON_PRISTINE_BASE[init],  # type: ignore[arg-type]
+                init=_INIT_ON_PRISTINE_BASE[init],
                 bias=values.get("bias", "none"),
                 lora_bias=values.get("lora_bias") or False,
                 modules_to_save=tuple(values.get("modules_to_save") or ()),

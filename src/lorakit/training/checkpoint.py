@@ -1,8 +1,8 @@
 """Checkpoints: everything that determines the remaining steps of a run, in `checkpoints/step-N/`. Knows no training.
 
-A checkpoint is a folder committed whole, its manifest last: adapter and optimiser (safetensors, fp32 exact), the best
-adapter so far, and the cursor (JSON). There is no generator state to store: every draw of a run is a function of
-integers.
+A checkpoint is a folder committed whole, its manifest last: adapter and optimiser (safetensors, fp32 exact), what the
+adapter holds besides and no step changes, the best adapter so far, and the cursor (JSON). There is no generator state
+to store: every draw of a run is a function of integers.
 """
 
 from __future__ import annotations
@@ -77,6 +77,9 @@ class Checkpoint:
     best: dict[str, torch.Tensor]
     """The best adapter so far; empty before the first evaluation that counts."""
 
+    fixed: dict[str, torch.Tensor]
+    """What the adapter holds and no step changes; empty for most."""
+
 
 def save_checkpoint(
     folder: Path,
@@ -84,6 +87,7 @@ def save_checkpoint(
     adapter: Mapping[str, torch.Tensor],
     optimizer: Mapping[str, torch.Tensor],
     best: Mapping[str, torch.Tensor],
+    fixed: Mapping[str, torch.Tensor],
     identity: Mapping[str, Any],
     keep: int,
 ) -> Path:
@@ -95,6 +99,8 @@ def save_checkpoint(
         adapter: tensors by name, as trained.
         optimizer: their optimiser state by name.
         best: the best adapter so far, or nothing.
+        fixed: what the adapter holds and no step changes: a start that was computed may come out otherwise on another
+        machine.
         identity: what the run is of (hashes of config, data, base, template), written into the manifest.
         keep: checkpoints kept, this one included.
     """
@@ -103,6 +109,7 @@ def save_checkpoint(
         write_safetensors(building / "adapter.safetensors", adapter)
         write_safetensors(building / "optimizer.safetensors", optimizer)
         write_safetensors(building / "best.safetensors", best)
+        write_safetensors(building / "fixed.safetensors", fixed)
         write_json(building / "cursor.json", asdict(cursor))
     sound = 1  # the one just committed: its hashes were taken from what was written
     for path in (path for path in _newest_first(folder) if path != target):
@@ -168,4 +175,5 @@ def _read(path: Path) -> Checkpoint:
     adapter, _ = read_safetensors(path / "adapter.safetensors")
     optimizer, _ = read_safetensors(path / "optimizer.safetensors")
     best, _ = read_safetensors(path / "best.safetensors")
-    return Checkpoint(path, Cursor(**values), adapter, optimizer, best)
+    fixed, _ = read_safetensors(path / "fixed.safetensors")
+    return Checkpoint(path, Cursor(**values), adapter, optimizer, best, fixed)

@@ -41,6 +41,7 @@ _ADVICE = {
         "do_train do_eval": "lorakit train does both; lorakit eval measures on other rows",
         "train_on_inputs completion_only_loss assistant_only_loss": "set train_on to assistant or all",
         "dataset_text_field dataset_format": "leave it out: rows are told apart by their keys (text, messages, ...)",
+        "loraplus_lr_embedding": "leave it out: the factors of embeddings take learning_rate",
         "use_peft": "leave it out, or set method to full",
         "attn_implementation flash_attention": "leave it out: attention is chosen to suit packed rows",
         "deepspeed fsdp": "training on several devices is not in this version",
@@ -119,6 +120,9 @@ class TrainConfig(Config):
     lora: LoRAConfig = field(default_factory=_default_adapter)
     """The adapter. Rank 8, where LoRAConfig has 16: half the file for nearly the same result."""
 
+    init_steps: int = 4
+    """For init eva and lora_ga: of how many of the first steps' rows they look at."""
+
     epochs: float = 1.0
     """Passes over the training rows."""
 
@@ -152,6 +156,10 @@ class TrainConfig(Config):
     learning_rate: float | None = None
     """Peak learning rate of AdamW; None: 1.2 / the model's width, at most 3e-3 (SmolLM2-135M: 2.1e-3, width
     4096: 2.9e-4), and a tenth of that for method full."""
+
+    loraplus_lr_ratio: float | None = None
+    """LoRA+ (arXiv 2402.12354): the learning rate of every B, and of vectors, is this many times that of A; the paper
+    says 16, with a lower learning_rate. None: one rate for all."""
 
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """Course of the learning rate after warm-up: to zero along a cosine or a line, or constant."""
@@ -224,7 +232,13 @@ class TrainConfig(Config):
 
     def problems(self) -> list[str]:
         """Ranges."""
-        least = {"batch_size": 1, "gradient_accumulation_steps": 1, "micro_batch_tokens": 1, "max_length": 2}
+        least = {
+            "init_steps": 1,
+            "batch_size": 1,
+            "gradient_accumulation_steps": 1,
+            "micro_batch_tokens": 1,
+            "max_length": 2,
+        }
         least |= {"keep_checkpoints": 2, "samples": 0, "weight_decay": 0, "clip": 0}
         least |= {n: 1 for n in ("max_steps", "eval_steps", "save_steps", "early_stop") if getattr(self, n) is not None}
         found = [
@@ -234,7 +248,7 @@ class TrainConfig(Config):
         ]
         found += [
             f"{name}: must be positive (got {getattr(self, name)})"
-            for name in ("epochs", "learning_rate", "adam_epsilon")
+            for name in ("epochs", "learning_rate", "adam_epsilon", "loraplus_lr_ratio")
             if getattr(self, name) is not None and not 0 < getattr(self, name) < math.inf
         ]
         found += [
@@ -242,6 +256,10 @@ class TrainConfig(Config):
             for name in ("warmup", "adam_beta1", "adam_beta2")
             if not 0 <= getattr(self, name) < 1
         ]
+        if self.loraplus_lr_ratio is not None and self.lora.lora_fa:
+            found.append(
+                "loraplus_lr_ratio: with lora_fa no A is trained, so there is no second rate; set learning_rate"
+            )
         if not 0 < self.validation_share < 1:
             found.append(
                 f"validation_share: must be above 0 and below 1 (got {self.validation_share}); the best step is "
@@ -251,6 +269,8 @@ class TrainConfig(Config):
             found.append(
                 "lora: has no meaning with method full, which trains every weight and no adapter; leave it out"
             )
+        if self.method == "full" and self.loraplus_lr_ratio is not None:
+            found.append("loraplus_lr_ratio: method full has no B to train faster than A; leave it out")
         if self.method == "full" and self.frozen_products != "exact":
             found.append(f"frozen_products: with method full no weight is frozen (got {self.frozen_products})")
         if self.method == "full" and self.dtype not in ("auto", "fp32"):

@@ -11,9 +11,11 @@ import hashlib
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -104,6 +106,8 @@ def fit(
     *,
     folder: Path,
     identity: Mapping[str, Any],
+    fixed: Mapping[str, torch.Tensor] = MappingProxyType({}),
+    output_side: AbstractSet[str] = frozenset(),
     checkpoint: Checkpoint | None = None,
     on_event: OnEvent = lambda event: None,
     on_best: Callable[[], None] = lambda: None,
@@ -121,6 +125,8 @@ def fit(
         config: with `eval_steps` and `save_steps` resolved.
         folder: the run folder; gets `metrics.jsonl` and `checkpoints/`.
         identity: what the run is of, recorded in each checkpoint's manifest.
+        fixed: what the adapter holds besides, recorded in each checkpoint.
+        output_side: names of tensors that LoRA+ gives a higher rate.
         checkpoint: where to go on; None begins anew.
         on_event: told of each step, evaluation and checkpoint.
         on_best: called while the model holds an adapter better than all before.
@@ -132,13 +138,14 @@ def fit(
     assert config.save_steps is not None
     plan = Plan.of(config, train)
     device = next(model.parameters()).device
-    optimizer = make_optimizer(config, tensors)
+    optimizer = make_optimizer(config, tensors, output_side)
     scaler = make_scaler(resolve_dtype(config.dtype, device), device)
     metrics = JsonLines(folder / "metrics.jsonl")
     cursor, best = Cursor(), {}
     if checkpoint is not None:
         cursor, best = checkpoint.cursor, checkpoint.best
         restore_tensors(tensors, checkpoint.adapter)
+        restore_tensors(fixed, checkpoint.fixed)
         restore_optimizer(optimizer, tensors, checkpoint.optimizer)
         if cursor.scaler:
             scaler.load_state_dict(cursor.scaler)
@@ -156,7 +163,9 @@ def fit(
         metrics.sync()
         cursor.scaler = scaler.state_dict()
         state = optimizer_tensors(optimizer, tensors)
-        path = save_checkpoint(folder / "checkpoints", cursor, tensors, state, best, identity, config.keep_checkpoints)
+        path = save_checkpoint(
+            folder / "checkpoints", cursor, tensors, state, best, fixed, identity, config.keep_checkpoints
+        )
         saved_step = cursor.step
         on_event(Checkpointed(cursor.step, path))
 
@@ -194,6 +203,7 @@ def fit(
             check_gradient(norm, cursor, scaler, train, micro_batches)
             set_learning_rate(optimizer, rate)
             scaler.step(optimizer)
+            torch.autograd.graph.increment_version(list(tensors.values()))  # which the fused optimiser forgets to do
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
             tokens = sum(plan.lengths[i] for indices in micro_batches for i in indices)
@@ -205,6 +215,8 @@ def fit(
             cursor.seconds += seconds
             # JSON has no infinity: null says that the fp16 scaler skipped the step.
             row = {"step": cursor.step, "loss": loss, "lr": rate, "grad_norm": norm if math.isfinite(norm) else None}
+            if config.loraplus_lr_ratio is not None:
+                row["lr_B"] = rate * config.loraplus_lr_ratio
             write({**row, "tokens": tokens, "seconds": round(seconds, 4)})
             on_event(StepDone(cursor.step, plan.total_steps, loss, rate, tokens, seconds))
     finished = stopped_early or (at_end and cursor.evaluated_step == cursor.step)
@@ -345,8 +357,8 @@ def seeded(device: torch.device, *numbers: int) -> Iterator[None]:
 
 
 @torch.no_grad()
-def restore_tensors(tensors: Mapping[str, torch.nn.Parameter], saved: Mapping[str, torch.Tensor]) -> None:
-    """Copy saved values into the trainable tensors.
+def restore_tensors(tensors: Mapping[str, torch.Tensor], saved: Mapping[str, torch.Tensor]) -> None:
+    """Copy saved values into an adapter's tensors.
 
     Raises:
         RunError: names or shapes differ.

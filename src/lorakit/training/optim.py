@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from collections.abc import Set as AbstractSet
 from typing import Any
 
 import torch
@@ -50,11 +51,26 @@ def learning_rate(config: TrainConfig, step: int, total_steps: int) -> float:
     return peak * factor[config.schedule]
 
 
-def make_optimizer(config: TrainConfig, tensors: Mapping[str, torch.nn.Parameter]) -> torch.optim.AdamW:
-    """AdamW over named tensors, in their order; fused (one pass over memory) on every device that can."""
+def make_optimizer(
+    config: TrainConfig, tensors: Mapping[str, torch.nn.Parameter], output_side: AbstractSet[str] = frozenset()
+) -> torch.optim.AdamW:
+    """AdamW over named tensors, in their order; fused (one pass over memory) on every device that can.
+
+    Args:
+        config: rates and decay.
+        tensors: what is trained.
+        output_side: names of those that take `loraplus_lr_ratio` times the rate, where it is set (LoRA+, arXiv
+        2402.12354).
+    """
     device = next(iter(tensors.values())).device.type
+    ratio = config.loraplus_lr_ratio
+    faster = output_side if ratio is not None else frozenset()
+    groups: list[dict[str, Any]] = [
+        {"params": [t for name, t in tensors.items() if name not in faster], "ratio": 1.0},
+        {"params": [t for name, t in tensors.items() if name in faster], "ratio": ratio},
+    ]
     return torch.optim.AdamW(
-        list(tensors.values()),
+        [group for group in groups if group["params"]],
         lr=learning_rate(config, 0, 1),  # set anew before each step
         betas=(config.adam_beta1, config.adam_beta2),
         eps=config.adam_epsilon,
@@ -64,9 +80,9 @@ def make_optimizer(config: TrainConfig, tensors: Mapping[str, torch.nn.Parameter
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Give every parameter group the rate of the coming step."""
+    """Give every parameter group the rate of the coming step, times the group's ratio."""
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group["ratio"]
 
 
 def make_scaler(dtype: torch.dtype, device: torch.device) -> torch.amp.GradScaler:

@@ -45,7 +45,7 @@ class Memory:
         process: interpreter and libraries; on a GPU, what CUDA takes for itself.
         held: what the C library and the kernels hold beyond what lives at once.
         weights: the base, and what `frozen_products` makes of it.
-        adapter: trained tensors with gradients, optimiser state and the best copy.
+        adapter: trained tensors with gradients, optimiser state and the best copy; what it holds besides.
         training: beside these, the most of a training step.
         activations: of `training`, what the forward pass keeps for the backward pass.
         logits: of `training`, the logits that are there at once, whose gradient takes their place.
@@ -149,12 +149,15 @@ class Planner:
         self.parameters = sum(p.numel() for p in self.model.parameters())
         self.weights = sum(t.numel() * t.element_size() for t in (*self.model.parameters(), *self.model.buffers()))
         full = config.method == "full"
-        if not full:
-            attach(self.model, config.lora, check_base=False)
+        handle = None if full else attach(self.model, config.lora, check_base=False)
         self.model.to("meta")
         self.share = not has_dropout(self.model)  # as `loop.ready` has it
         self.trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
-        self.trained_memory = (BYTES_TRAINED - 4 * full) * self.trained  # trained weights are counted as weights
+        self.fixed = (
+            sum(t.numel() for name in handle.names for t in handle.fixed_tensors(name).values()) if handle else 0
+        )
+        # trained weights are counted as weights
+        self.adapter = (BYTES_TRAINED - 4 * full) * self.trained + 4 * self.fixed
         self.weights += products_bytes(self.model, config.frozen_products)
         self.process = machine.resident_memory() if torch.device(config.device).type == "cpu" else CUDA_CONTEXT
 
@@ -167,7 +170,7 @@ class Planner:
         return RunPlan(
             parameters=self.parameters,
             trained=self.trained,
-            adapter_bytes=4 * self.trained,  # in fp32, as they are trained
+            adapter_bytes=4 * (self.trained + self.fixed),  # in fp32, as they are trained
             steps=steps.total_steps,
             tokens=round(steps.tokens),
             computed=read / sum(len(self.train[row].ids) for batch in batches for row in batch.rows),
@@ -192,7 +195,7 @@ class Planner:
             process=self.process,
             held=HELD_ON_CPU if torch.device(self.config.device).type == "cpu" else 0,
             weights=self.weights,
-            adapter=self.trained_memory,
+            adapter=self.adapter,
             training=step.peak,
             activations=step.kept,
             logits=step.logits,

@@ -7,6 +7,7 @@ trained, and nothing is called done before the base is proved unchanged and the 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import re
 import shutil
@@ -18,6 +19,11 @@ from typing import Any
 import torch
 
 from lorakit import machine
+from lorakit.adapter import fingerprint
+from lorakit.adapter.config import FROM_DATA, LoRAConfig
+from lorakit.adapter.starts import Starts, starts_from_data, starts_in
+from lorakit.core.layer import base_parameters
+from lorakit.data.batches import Batch, collate
 from lorakit.data.chat import ChatFormat, Example, Prompt
 from lorakit.data.prepare import Data, read_data
 from lorakit.data.schema import schema_of
@@ -34,12 +40,14 @@ from lorakit.files import (
 )
 from lorakit.generation import generate
 from lorakit.models import load_model, load_tokenizer, resolve, stop_ids
+from lorakit.packing import packed_logits
 from lorakit.report import size, write_report
 from lorakit.training.checkpoint import Checkpoint, load_newest
 from lorakit.training.config import TrainConfig
 from lorakit.training.events import DataReady, ModelReady, OnEvent, Phase, Planned, Resumed
 from lorakit.training.identity import differences, identity_of, machine_changes
-from lorakit.training.loop import Fitted, Plan, fit, restore_tensors
+from lorakit.training.loop import Fitted, Plan, fit, ready, restore_tensors
+from lorakit.training.objectives import Predictions
 from lorakit.training.optim import default_learning_rate
 from lorakit.training.planning import Planner, checkpoint_activations
 from lorakit.training.products import refuse_products
@@ -161,12 +169,13 @@ def _train(config: TrainConfig, folder: Path, on_event: OnEvent) -> Run:
         width = model.get_input_embeddings().weight.shape[1]
         config = config.replace(learning_rate=default_learning_rate(width, full=config.method == "full"))
     checkpoint_activations(model, on=config.gradient_checkpointing == "on")
-    subject = subject_of(model, config)
+    base = fingerprint.of(model, list(base_parameters(model).items()))
+    identity = identity_of(config, train_examples, valid_examples, chat.template, base, device)
+    checkpoint = _checkpoint(folder, identity, on_event) if config.resume else None
+    subject = subject_of(model, config, _beginning(config, model, plan, train_examples, checkpoint, on_event))
     about = subject.ready(config)
     on_event(about)
 
-    identity = identity_of(config, train_examples, valid_examples, chat.template, subject.base_info, device)
-    checkpoint = _checkpoint(folder, identity, on_event) if config.resume else None
     write_text(folder / "run.yaml", _located(config, folder).to_yaml())
     write_json(folder / "data.json", data.statistics())
     samples = _Samples(folder / "samples.json", model, chat, _sample_prompts(config.samples, data, chat, model))
@@ -180,6 +189,7 @@ def _train(config: TrainConfig, folder: Path, on_event: OnEvent) -> Run:
         shutil.rmtree(folder / "best", ignore_errors=True)
     if checkpoint is not None and checkpoint.best:
         restore_tensors(subject.tensors, checkpoint.best)
+        restore_tensors(subject.fixed, checkpoint.fixed)
         save_best()
     with _out_of_memory_told(config, folder, train_examples):
         fitted = fit(
@@ -190,6 +200,8 @@ def _train(config: TrainConfig, folder: Path, on_event: OnEvent) -> Run:
             config,
             folder=folder,
             identity=identity,
+            fixed=subject.fixed,
+            output_side=subject.output_side,
             checkpoint=checkpoint,
             on_event=on_event,
             on_best=save_best,
@@ -404,6 +416,33 @@ def _checkpoint(folder: Path, identity: dict[str, Any], on_event: OnEvent) -> Ch
 
 
 # ---------------------------------------------------------------- what was trained, and its samples
+
+
+def _beginning(
+    config: TrainConfig,
+    model: Any,
+    plan: Plan,
+    examples: Sequence[Example],
+    checkpoint: Checkpoint | None,
+    on_event: OnEvent,
+) -> LoRAConfig | Starts:
+    """What the run begins with: its config, or what its first rows say; a run that goes on has that in its
+    checkpoint.
+    """
+    if config.lora.init not in FROM_DATA:
+        return config.lora
+    if checkpoint is not None:
+        return starts_in(checkpoint.adapter | checkpoint.fixed, config.lora, model)
+    on_event(Phase(f"init {config.lora.init}: looking at the first rows"))
+    micro_batches = [rows for step in itertools.islice(plan.steps(0), config.init_steps) for rows in step]
+    batches = [collate(examples, rows).to(next(model.parameters()).device) for rows in micro_batches]
+    tokens = sum(len(batch.targets) for batch in batches)
+
+    def loss(model: torch.nn.Module, batch: Batch) -> torch.Tensor:  # the mean of batches is that over tokens
+        return Predictions.of(model, batch).loss_sum() * (len(batches) / tokens)
+
+    with ready(model, max(len(example.ids) for example in examples)):
+        return starts_from_data(model, config.lora, batches, loss=loss, forward=packed_logits, seed=config.seed)
 
 
 def _put_best_in_place(fitted: Fitted, subject: Subject, saved: Path) -> None:

@@ -6,15 +6,17 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping
+from collections.abc import Set as AbstractSet
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
-from lorakit.adapter import fingerprint
 from lorakit.adapter.attach import attach
-from lorakit.adapter.value import Adapter, BaseInfo
+from lorakit.adapter.config import LoRAConfig
+from lorakit.adapter.starts import Starts
+from lorakit.adapter.value import Adapter
 from lorakit.core.layer import base_parameters
 from lorakit.errors import RunError
 from lorakit.files import atomic_folder, read_safetensors
@@ -31,12 +33,14 @@ class Subject(Protocol):
 
     Attributes:
         tensors: by stable names, the trainable parameters.
-        base_info: fingerprint of the model as it was before.
+        fixed: by stable names, what belongs to it and is not trained.
+        output_side: which of `tensors` LoRA+ trains at its own rate.
         trained_file: of the saved folder, the file whose size is told.
     """
 
     tensors: Mapping[str, torch.nn.Parameter]
-    base_info: BaseInfo
+    fixed: Mapping[str, torch.Tensor]
+    output_side: AbstractSet[str]
     trained_file: str
 
     def untrained(self) -> AbstractContextManager[None]:
@@ -65,12 +69,13 @@ class TrainedAdapter:
 
     trained_file = "adapter_model.safetensors"
 
-    def __init__(self, model: Any, config: TrainConfig) -> None:
+    def __init__(self, model: Any, beginning: LoRAConfig | Starts, seed: int) -> None:
         self._model = model
-        self._adapters = attach(model, config.lora, ADAPTER_NAME, seed=config.seed)
+        self._adapters = attach(model, beginning, ADAPTER_NAME, seed=seed)
         self._base_before = weights_checksum(model)
         self.tensors: Mapping[str, torch.nn.Parameter] = self._adapters.trainable_tensors(ADAPTER_NAME)
-        self.base_info = self._adapters.base_info()
+        self.fixed: Mapping[str, torch.Tensor] = self._adapters.fixed_tensors(ADAPTER_NAME)
+        self.output_side: AbstractSet[str] = self._adapters.output_side(ADAPTER_NAME)
 
     def untrained(self) -> AbstractContextManager[None]:
         """As `Subject`."""
@@ -116,7 +121,8 @@ class TrainedModel:
 
     def __init__(self, model: Any) -> None:
         self._model = model
-        self.base_info = fingerprint.of(model, list(base_parameters(model).items()))
+        self.fixed: Mapping[str, torch.Tensor] = {}
+        self.output_side: AbstractSet[str] = frozenset()
         self.tensors: Mapping[str, torch.nn.Parameter] = base_parameters(model)
         for tensor in self.tensors.values():
             if tensor.dtype != torch.float32:
@@ -159,11 +165,11 @@ class TrainedModel:
         )
 
 
-def subject_of(model: Any, config: TrainConfig) -> Subject:
-    """What `config` trains, put in place in a model just loaded.
+def subject_of(model: Any, config: TrainConfig, beginning: LoRAConfig | Starts) -> Subject:
+    """What `config` trains, put in place in a model just loaded; an adapter begins with `beginning`.
 
     Raises:
         TargetError: the adapter's config names what is not in the model.
         RunError: full fine-tuning in another dtype than fp32.
     """
-    return TrainedModel(model) if config.method == "full" else TrainedAdapter(model, config)
+    return TrainedModel(model) if config.method == "full" else TrainedAdapter(model, beginning, config.seed)

@@ -26,6 +26,10 @@ __version__ = ADDS_TWICE
 """The PEFT whose names and files these are."""
 
 
+DRAWN_OR_FROM_WEIGHT = re.compile(r"(?i:gaussian|orthogonal|olora|pissa(_niter_\d+)?)")
+"""The strings that `init_lora_weights` may be here."""
+
+
 class TaskType(enum.StrEnum):
     """What the model is for."""
 
@@ -225,7 +229,7 @@ class LoraConfig(PeftConfig):
         """
         missing = [f"{name}={getattr(self, name)!r}" for name in self.unsupported if not _off(getattr(self, name))]
         init = self.init_lora_weights if fresh else True
-        if not isinstance(init, bool) and init not in ("gaussian", "orthogonal"):
+        if not isinstance(init, bool) and not DRAWN_OR_FROM_WEIGHT.fullmatch(init):
             missing.append(f"init_lora_weights={self.init_lora_weights!r}")
         if missing:
             raise UnsupportedError(f"this version of lorakit has no support for\n{bullet_list(missing)}")
@@ -249,7 +253,7 @@ class LoraConfig(PeftConfig):
             alpha_pattern=dict(self.alpha_pattern),
             scaling="rslora" if self.use_rslora else "lora",
             delta="dora" if self.use_dora else "lora",
-            init="random" if init is False else "default" if init is True else init,  # type: ignore[arg-type]
+            init="random" if init is False else "default" if init is True else init,
             bias=self._bias(model),  # type: ignore[arg-type]
             lora_bias=self.lora_bias,
             modules_to_save=tuple(self.modules_to_save or ()),

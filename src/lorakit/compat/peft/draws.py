@@ -22,11 +22,15 @@ def draw(lora: LoRA, init: bool | str, *, lookup: bool) -> None:
 
     Args:
         lora: of a matrix, a convolution, a lookup or a parameter.
-        init: PEFT's `init_lora_weights`: True, False, "gaussian" or "orthogonal".
+        init: PEFT's `init_lora_weights`: True, False, "gaussian" or "orthogonal". What begins as a part of the weight
+        stays as it is; what PEFT's constructors draw before is drawn.
         lookup: the layer is an embedding.
     """
     own_A, own_B = (getattr(lora, parameter_name(lora, letter)) for letter in "AB")
     shape_A, shape_B, r = own_A.shape, own_B.shape, lora.r
+    if lora.A0 is not None:
+        _as_a_layer(shape_A), _as_a_layer(shape_B)
+        return
     if lookup:
         A, B = torch.randn(shape_A), torch.randn(shape_B)
         if init is not False:

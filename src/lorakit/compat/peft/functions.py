@@ -145,9 +145,19 @@ def get_peft_model_state_dict(
     if save_embedding_layers is True:
         raise UnsupportedError("save_embedding_layers=True: name the embedding in modules_to_save")
     inner, handle, prefix = _inner(model)
-    handle._resident(adapter_name)
+    _refuse_from_start(handle, adapter_name)
     source = getattr(model, "_orig_mod", model).state_dict() if state_dict is None else state_dict
     return {prefix + name: source[prefix + key] for key, name in key_map(inner, adapter_name).items()}
+
+
+def _refuse_from_start(handle: PeftAdapters, name: str) -> None:
+    """A and B of PiSSA or OLoRA mean nothing without where they began, which their names in PEFT's files leave out."""
+    config = handle._resident(name).config
+    if config.from_start:
+        raise UnsupportedError(
+            f"adapter {name!r} began as a part of the base's weight (init_lora_weights={config.init!r}), and the base "
+            "is left alone here: save_pretrained writes the adapter, as a plain one of twice the rank for that base"
+        )
 
 
 def set_peft_model_state_dict(
@@ -168,7 +178,7 @@ def set_peft_model_state_dict(
     if ignore_mismatched_sizes:
         raise UnsupportedError("ignore_mismatched_sizes is not in this version: what does not fit is not loaded")
     inner, handle, prefix = _inner(model)
-    handle._resident(adapter_name)
+    _refuse_from_start(handle, adapter_name)
     own = dict(inner.state_dict(keep_vars=True))
     places = {prefix + name: own[key] for key, name in key_map(inner, adapter_name).items()}
     given = dict(peft_model_state_dict)

@@ -15,6 +15,7 @@ from lorakit.adapter.attach import AttachedAdapters
 from lorakit.adapter.config import LoRAConfig
 from lorakit.adapter.folding import Exchange, require_biases
 from lorakit.adapter.resident import Resident, Update
+from lorakit.adapter.starts import Starts
 from lorakit.adapter.value import Adapter
 from lorakit.compat.peft.errors import NoBiasError, PeftValueError
 from lorakit.compat.peft.layers import BaseTunerLayer, PeftState
@@ -57,7 +58,12 @@ class PeftAdapters(AttachedAdapters):
         return cast("PeftState", self._state)
 
     def add(
-        self, name: str, adapter: LoRAConfig | Adapter | str | Path, *, tied: Sequence[str] = (), **options: Any
+        self,
+        name: str,
+        adapter: LoRAConfig | Starts | Adapter | str | Path,
+        *,
+        tied: Sequence[str] = (),
+        **options: Any,
     ) -> None:
         """As the parent's; may be called while adapters are merged.
 
@@ -68,7 +74,7 @@ class PeftAdapters(AttachedAdapters):
             **options: as the parent's.
         """
         with self.unfolded():
-            self._tied, self._fresh = tuple(tied), isinstance(adapter, LoRAConfig)
+            self._tied, self._fresh = tuple(tied), isinstance(adapter, LoRAConfig | Starts)
             super().add(name, adapter, **options)
             self._renew_names()
 

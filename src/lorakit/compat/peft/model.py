@@ -219,13 +219,15 @@ class PeftModel(NamedAsInPeft):
             selected_adapters: names; None: all.
             save_embedding_layers: "auto" or False; base weights do not belong in an adapter's file.
             is_main_process: whether to write at all.
-            path_initial_model_for_weight_conversion: not supported.
+            path_initial_model_for_weight_conversion: without effect, since the base is never changed: an adapter that
+            began as a part of its weight (PiSSA, OLoRA) is always written as a plain one of twice the rank.
             **kwargs: `state_dict` is not supported.
         """
         asked = {
             "safe_serialization=False (a pickle)": not safe_serialization,
             "save_embedding_layers=True (name them in modules_to_save)": save_embedding_layers is True,
-            "path_initial_model_for_weight_conversion": path_initial_model_for_weight_conversion is not None,
+            "path_initial_model_for_weight_conversion": path_initial_model_for_weight_conversion is not None
+            and not any(self.base_model.handle._resident(name).config.from_start for name in self.peft_config),
             "state_dict": kwargs.get("state_dict") is not None,
         }
         if any(asked.values()):
@@ -256,6 +258,10 @@ class PeftModel(NamedAsInPeft):
             config.base_model_name_or_path = getattr(self.get_base_model(), "name_or_path", None) or None
         # how an attention's update lies in the file depends on the version, whatever that of a file read before
         values = {**config.to_dict(), "inference_mode": True, "peft_version": __version__}
+        if self.base_model.handle._resident(name).config.from_start:  # which is saved as a plain one
+            file = adapter.config
+            values |= {"r": file.r, "lora_alpha": file.alpha, "init_lora_weights": True}
+            values |= {"rank_pattern": dict(file.rank_pattern), "alpha_pattern": dict(file.alpha_pattern)}
         if config.task_type is None:
             kind = type(self.get_base_model())
             values["auto_mapping"] = {"base_model_class": kind.__name__, "parent_library": kind.__module__}

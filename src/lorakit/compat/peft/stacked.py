@@ -22,6 +22,9 @@ class StackedLoRA(LoRA):
         self.flat_A = nn.Parameter(lora.A.detach().flatten(0, 1))
         self.flat_B = nn.Parameter(lora.B.detach().permute(1, 2, 0).flatten(1))
         self.bias = None
+        self.register_buffer("A0", lora.A0)
+        self.register_buffer("B0", lora.B0)
+        self.stacked = True
         self.alpha, self.s, self.dropout, self.r = lora.alpha, lora.s, lora.dropout, lora.r
 
     @property

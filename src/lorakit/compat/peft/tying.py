@@ -100,6 +100,7 @@ class TiedLoRA(LoRA):
         self._source = (source,)  # in a tuple, so that it is no submodule
         self.transposed = transposed
         self.bias = None  # embeddings have none
+        self.stacked = False
         self.r = source.r
 
     @property
@@ -116,6 +117,18 @@ class TiedLoRA(LoRA):
     def B(self) -> torch.Tensor:  # type: ignore[override]
         """(out, r)."""
         return self.origin.A.T if self.transposed else self.origin.B
+
+    @property
+    def A0(self) -> torch.Tensor | None:  # type: ignore[override]
+        """(r, in), or None."""
+        start = self.origin.B0 if self.transposed else self.origin.A0
+        return start.T if self.transposed and start is not None else start
+
+    @property
+    def B0(self) -> torch.Tensor | None:  # type: ignore[override]
+        """(out, r), or None."""
+        start = self.origin.A0 if self.transposed else self.origin.B0
+        return start.T if self.transposed and start is not None else start
 
     @property
     def alpha(self) -> float:  # type: ignore[override]

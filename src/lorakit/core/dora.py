@@ -121,7 +121,8 @@ class DoRA(LoRA):
         if torch.compiler.is_compiling() or any(t.is_inference() for t in tensors):  # which count no versions
             return row_norms(site.rows(weight), self.A, self.B, self.s)
         if self._norms is None or not self._norms.hold(tensors, self.s):
-            lengths = row_norms(site.rows(weight), self.A, self.B, self.s)
+            with torch.inference_mode(False), torch.no_grad():  # kept, they serve training too
+                lengths = row_norms(site.rows(weight), self.A, self.B, self.s)
             self._norms = _Norms(lengths, tuple(map(weakref.ref, tensors)), _states(tensors), self.s)
         return self._norms.lengths
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import types
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,7 +79,6 @@ class GgufWeights:
         tables = _tables(path, self._architecture, skeleton.config.model_type)
         make = tables.TENSOR_PROCESSORS.get(self._architecture, tables.TensorProcessor)
         self._processor = make(config=skeleton.config.to_dict())
-        self._names: dict[str, str] = tables.get_gguf_hf_weights_map(skeleton, self._processor)
         self._places: dict[str, _Place] = {}
         problems = []
         modules = dict(skeleton.named_modules())
@@ -86,6 +86,7 @@ class GgufWeights:
         tensors = [*skeleton.named_parameters(remove_duplicate=False), *skeleton.state_dict(keep_vars=True).items()]
         own = {name: tensor for name, tensor in tensors if "lorakit_updates." not in name}
         shapes = {name: tuple(tensor.shape) for name, tensor in own.items()}
+        self._names = _names(tables, skeleton, self._processor, list(own))
         for tensor in self.file.header.entries:
             try:
                 found = self._place(tensor, modules)
@@ -222,6 +223,24 @@ def _tables(path: Path, architecture: str, model_type: str) -> Any:
     if not known & {architecture, model_type}:
         raise ModelError(f"{path}: blocks of the architecture {architecture!r} cannot be kept yet; {_INSTEAD}")
     return tables
+
+
+def _names(tables: Any, skeleton: Any, processor: Any, own: list[str]) -> dict[str, str]:
+    """llama.cpp's name of a tensor -> the parameter's: transformers' table, for the model and (llama.cpp converts some
+    architectures without their head) for the model inside.
+
+    transformers looks into every module by itself, and builds gguf's table anew for each: half a minute for 30 layers.
+    """
+
+    def looked_up(prefix: str) -> dict[str, str]:
+        inside = [name.removeprefix(prefix) for name in own if name.startswith(prefix)]
+        level = types.SimpleNamespace(
+            config=skeleton.config, state_dict=lambda: dict.fromkeys(inside), named_children=list
+        )
+        found: dict[str, str] = tables.get_gguf_hf_weights_map(level, processor, qual_name=prefix)
+        return found
+
+    return {**looked_up(f"{skeleton.base_model_prefix}."), **looked_up("")}
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ offset); then the data, each tensor at a multiple of the alignment.
 
 from __future__ import annotations
 
+import functools
 import math
 import mmap
 import struct
@@ -135,8 +136,13 @@ class Header:
     size: int
 
 
-def read_header(data: bytes | mmap.mmap, path: Path) -> Header:
+def read_header(data: bytes | mmap.mmap, path: Path, *, lists: bool = True) -> Header:
     """The header of a file that is in memory, or mapped into it.
+
+    Args:
+        data: of the whole file.
+        path: named in errors.
+        lists: keep lists of texts (a vocabulary); else an empty list stands for each.
 
     Raises:
         FileError: no GGUF file, cut short, damaged, or of a version that cannot be read.
@@ -144,7 +150,7 @@ def read_header(data: bytes | mmap.mmap, path: Path) -> Header:
     if data[:4] != MAGIC:
         raise FileError(f"{path}: not a GGUF file")
     try:
-        return _header(_Cursor(data, 4), path)
+        return _header(_Cursor(data, 4, lists=lists), path)
     except _DamagedError as error:
         raise FileError(f"{path}: cut short or damaged: {error}") from None
 
@@ -222,12 +228,19 @@ def _stored_as(entry: Entry, name: str) -> tuple[Any, int]:
     return kind, entry.shape[-1] // block * block_bytes
 
 
+@functools.lru_cache(maxsize=4)
+def _header_at(path: Path, size: int, changed: int) -> Header:
+    """The header of the file of that size and time, without its lists of texts: it is asked for several times."""
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        return read_header(data, path, lists=False)
+
+
 class MappedFile:
     """A GGUF file whose tensors stay where they are: mapped into memory, read from disk when they are looked at.
 
     Attributes:
         path: of the file.
-        header: of it.
+        header: of it, without its lists of texts.
         header_bytes: as they stand in the file.
     """
 
@@ -243,7 +256,7 @@ class MappedFile:
                 self._data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         except (OSError, ValueError) as error:  # an empty file cannot be mapped
             raise FileError(f"{path}: cannot be read: {error}") from error
-        self.header = read_header(self._data, path)
+        self.header = _header_at(path, len(self._data), path.stat().st_mtime_ns)
         self.header_bytes = self._data[: self.header.size]
         self._raw: dict[str, tuple[str, int, int]] = {}  # name -> type, first byte, bytes of a row
         for name, entry in self.header.entries.items():
@@ -302,8 +315,9 @@ class _DamagedError(Exception):
 class _Cursor:
     """Reads a GGUF header from the front, never past its end."""
 
-    def __init__(self, data: bytes | mmap.mmap, position: int) -> None:
+    def __init__(self, data: bytes | mmap.mmap, position: int, *, lists: bool = True) -> None:
         self.data = data
+        self.lists = lists
         self.position = position
 
     def unpack(self, form: str) -> tuple[Any, ...]:
@@ -323,6 +337,14 @@ class _Cursor:
         except UnicodeDecodeError:
             raise _DamagedError(f"text that is not UTF-8 before byte {self.position}") from None
 
+    def _pass_strings(self, count: int) -> None:
+        position, data, length_at, end = self.position, self.data, struct.Struct("<Q").unpack_from, len(self.data) - 8
+        for _ in range(count):
+            if position > end:
+                raise _DamagedError(f"the header ends at byte {position}")
+            position += 8 + length_at(data, position)[0]
+        self.position = position  # past the end, what is read next says so
+
     def value(self, kind: int) -> Any:
         if kind == _STRING:
             return self.string()
@@ -330,8 +352,11 @@ class _Cursor:
             inner, count = self.unpack("IQ")
             if inner in _SCALARS and count <= len(self.data) - self.position:
                 return list(self.unpack(f"{count}{_SCALARS[inner]}"))
-            if inner == _STRING:
+            if inner == _STRING and self.lists:
                 return [self.string() for _ in range(count)]
+            if inner == _STRING:
+                self._pass_strings(count)
+                return []
             raise _DamagedError(f"an array of {count:,} values of type {inner} before byte {self.position}")
         if kind not in _SCALARS:
             raise _DamagedError(f"a value of the unknown type {kind} before byte {self.position}")

@@ -259,6 +259,10 @@ class TrainConfig(Config):
             )
         if self.method == "full" and self.frozen_products != "exact":
             found.append(f"frozen_products: with method full no weight is frozen (got {self.frozen_products})")
+        if self.method == "full" and self.quantize not in ("auto", "none"):
+            found.append(
+                f"quantize: full fine-tuning trains the weights, which {self.quantize} cannot hold; leave it out"
+            )
         if self.method == "full" and self.dtype not in ("auto", "fp32"):
             found.append(f"dtype: full fine-tuning moves weights by less than {self.dtype} can hold; fp32 or auto")
         if self.resume and self.output is None:

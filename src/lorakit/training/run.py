@@ -328,7 +328,7 @@ def resolved(config: TrainConfig, device: torch.device, plan: Plan, valid_tokens
     dtype = machine.resolve_dtype("fp32" if full and config.dtype == "auto" else config.dtype, device)
     checkpoints = FULL_CHECKPOINTS if full else CHECKPOINTS
     return config.replace(
-        quantize=storage_of(config.model, config.quantize),
+        quantize="none" if full else storage_of(config.model, config.quantize),
         device=str(device),
         dtype=next(name for name, known in machine.DTYPES.items() if known == dtype),
         eval_steps=config.eval_steps

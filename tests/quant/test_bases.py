@@ -511,20 +511,22 @@ def test_smollm2_in_its_blocks_is_smollm2(smollm2):
 
 @pytest.mark.real_model
 def test_loading_smollm2_in_its_blocks_takes_its_file_and_no_more(smollm2):
+    if not machine.resident_memory():
+        pytest.skip("this system does not say what a process holds")
     import subprocess
     import sys
 
     program = (
-        "import lorakit, resource; from lorakit import machine, models;"
+        "import lorakit; from lorakit import machine, models; from pathlib import Path;"
         "source = models.resolve('smollm2').location; skeleton = models.load_skeleton(source);"
         "import transformers.modeling_gguf_pytorch_utils, gguf.quants; before = machine.resident_memory();"
         "model = models.load_weights(source, 'fp32', 'cpu');"
         "[p.parts[0].view(-1)[::512].sum() for p in model.parameters() if hasattr(p, 'parts')];"
-        "print(before, machine.resident_memory(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)"
+        "peak = Path('/proc/self/status').read_text().split('VmHWM:')[1].split()[0];"
+        "print(before, machine.resident_memory(), int(peak) * 1024)"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     before, after, peak = map(int, done.stdout.split())
     size = models.Path(models.resolve(smollm2).location).stat().st_size
-    assert machine.resident_memory()  # the system says
     assert after - before < 1.3 * size
     assert peak - before < 1.5 * size

@@ -23,7 +23,7 @@ class Subject(NamedTuple):
 
 
 def load_subject(
-    model: str | None, adapter: str | None, chat_template: str, dtype: str, device: str, quantize: str
+    model: str | None, adapter: str | None, chat_template: str, dtype: str, device: str, quantize: str = "auto"
 ) -> Subject:
     """Load a model and give it an adapter; without a model, the base that the adapter names."""
     from lorakit import models

@@ -210,7 +210,7 @@ def quantised(matrix: torch.Tensor, format: Format, dtype: torch.dtype, where: s
         ModelError: a number is not finite.
     """
     pieces = []
-    for rows in torch.split(matrix, max(1, AT_ONCE // matrix.shape[1])):
+    for rows in torch.split(matrix, max(1, AT_ONCE // 8 // matrix.shape[1])):  # quantising takes several times as much
         if not torch.isfinite(rows).all():
             raise ModelError(f"{where}: holds NaN or infinity, which {format.name} cannot store")
         pieces.append(format.quantise(rows))

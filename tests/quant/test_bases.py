@@ -13,6 +13,7 @@ from gguf_files import gguf_file, write_gguf
 from lorakit import Adapter, LoRAConfig, cli, machine, models
 from lorakit.adapter import fingerprint
 from lorakit.checkpoints.gguf import GgufWeights
+from lorakit.core.cross_entropy import cross_entropy_sum
 from lorakit.core.layer import base_parameters
 from lorakit.data.batches import collate
 from lorakit.data.chat import Example
@@ -22,7 +23,6 @@ from lorakit.merging import merge
 from lorakit.packing import packed_logits
 from lorakit.quant.tensor import QuantizedTensor, as_dense, format_of, stored_tensors
 from lorakit.training.loop import ready
-from lorakit.training.objectives import cross_entropy_sum
 from lorakit.training.planning import Planner
 from lorakit.training.verify import weights_checksum
 from tiny_models import DECODER_SIZES, byte_tokenizer, tiny_llama

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lorakit.core import kernels
+from lorakit.core.cross_entropy import linear_cross_entropy_sum
 from lorakit.errors import AdapterError
 from lorakit.quant import tensor as quant_tensor
 from lorakit.quant.blocks import BLOCKS
@@ -86,6 +87,11 @@ def test_in_many_chunks_too(matrix, dtype, small_chunks):
     assert close(y @ Q, y @ D)
     assert close(x.clone().addmm_(y, Q, alpha=2), x.clone().addmm_(y, D, alpha=2))
     assert close(torch.addmm(x, y, Q, beta=3), torch.addmm(x, y, D, beta=3))
+    with torch.no_grad():
+        for left, ours, theirs, more in ((x, Q.T, D.T, y), (y, Q, D, x)):
+            out = torch.empty_like(more)
+            assert close(torch.mm(left, ours, out=out), left @ theirs)
+            assert close(torch.addmm(more[0], left, ours, out=out), torch.addmm(more[0], left, theirs))
 
 
 def test_the_dense_matrix_never_stands_whole(matrix, small_chunks, monkeypatch):
@@ -104,6 +110,15 @@ def test_the_dense_matrix_never_stands_whole(matrix, small_chunks, monkeypatch):
     F.embedding(torch.tensor([3, 4]), Q)
     assert max(seen) <= 5
     assert sum(seen) == 48 * 2 + 2  # forward, backward, two rows looked up
+
+
+def test_the_loss_fused_with_a_quantised_head(matrix, small_chunks):
+    Q, D = matrix
+    hidden, targets = torch.randn(9, 96, requires_grad=True), torch.arange(9)
+    ours, theirs = (linear_cross_entropy_sum(hidden, W, None, targets) for W in (Q, D))
+    torch.testing.assert_close(ours, theirs)
+    grads = [torch.autograd.grad(loss, hidden)[0] for loss in (ours, theirs)]
+    torch.testing.assert_close(*grads)
 
 
 def test_the_fused_layer_is_its_reference(matrix):

@@ -334,12 +334,12 @@ def _looked_up(func: Any, x: QuantizedTensor, indices: torch.Tensor, *options: A
     return x.stored_rows(indices.reshape(-1)).dense().view(*indices.shape, x.columns)
 
 
-def _product(x: torch.Tensor, w: QuantizedTensor) -> torch.Tensor:
-    """x w for a plain (n, k) x."""
+def _product(x: torch.Tensor, w: QuantizedTensor, out: torch.Tensor | None = None) -> torch.Tensor:
+    """x w for a plain (n, k) x; into `out`, if it is given."""
     if w.fits_at_once:
-        return x @ w.dense()
+        return torch.mm(x, w.dense(), out=out)
     if w.transposed:  # each chunk of rows gives some of the outputs
-        y = x.new_empty(len(x), w.shape[1])
+        y = x.new_empty(len(x), w.shape[1]) if out is None else out
         for rows, matrix in w.chunks():
             y[:, rows] = x @ matrix.t()
         return y
@@ -347,25 +347,35 @@ def _product(x: torch.Tensor, w: QuantizedTensor) -> torch.Tensor:
     total = x.new_zeros(len(x), w.columns, dtype=torch.promote_types(x.dtype, torch.float32))
     for rows, matrix in w.chunks():
         total += x[:, rows] @ matrix
-    return total.to(x.dtype)
+    return total.to(x.dtype) if out is None else out.copy_(total)
 
 
-def _mm(func: Any, a: torch.Tensor, b: torch.Tensor) -> Any:
+def _mm(func: Any, a: torch.Tensor, b: torch.Tensor, *, out: torch.Tensor | None = None) -> Any:
     if isinstance(a, QuantizedTensor):  # a b = (b' a')'
-        return _product(as_dense(b).t(), cast("QuantizedTensor", a.t())).t()
-    return _product(a, cast("QuantizedTensor", b))
+        return NotImplemented if out is not None else _product(as_dense(b).t(), cast("QuantizedTensor", a.t())).t()
+    return _product(a, cast("QuantizedTensor", b), out)
 
 
-def _addmm(func: Any, y: torch.Tensor, a: torch.Tensor, b: torch.Tensor, *, beta: Any = 1, alpha: Any = 1) -> Any:
+def _addmm(
+    func: Any,
+    y: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    *,
+    beta: Any = 1,
+    alpha: Any = 1,
+    out: torch.Tensor | None = None,
+) -> Any:
     """y is plain, or is written to and so refused."""
     if isinstance(y, QuantizedTensor) or isinstance(a, QuantizedTensor):
         return NotImplemented
     w = cast("QuantizedTensor", b)
     if w.fits_at_once:
-        return func(y, a, w.dense(), beta=beta, alpha=alpha)
+        into = {} if out is None else {"out": out}
+        return func(y, a, w.dense(), beta=beta, alpha=alpha, **into)
     if func is _aten.addmm_.default:
         return y.mul_(beta).add_(_product(a, w), alpha=alpha)
-    return torch.add(y * beta, _product(a, w), alpha=alpha)
+    return torch.add(y * beta, _product(a, w, out), alpha=alpha, out=out)
 
 
 _OPERATIONS: dict[Any, Callable[..., Any]] = {
@@ -386,6 +396,8 @@ _OPERATIONS: dict[Any, Callable[..., Any]] = {
     _aten.index.Tensor: _indexed,
     _aten.embedding.default: _looked_up,
     _aten.mm.default: _mm,
+    _aten.mm.out: _mm,
     _aten.addmm.default: _addmm,
+    _aten.addmm.out: _addmm,
     _aten.addmm_.default: _addmm,
 }

@@ -3,6 +3,13 @@
 import contextlib
 
 import gguf
+import numpy as np
+import torch
+
+from tiny_models import CHATML, byte_tokenizer
+
+# where the fp16 scales lie in the blocks of the K formats, which gguf-py cannot make
+_SCALES = {"Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}
 
 
 @contextlib.contextmanager
@@ -25,3 +32,53 @@ def gguf_file(path, architecture="llama", config=None):
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def stored(array, kind):
+    """A matrix in one of ggml's types: its own numbers, or, of a K format, random ones of much the same size."""
+    if kind.name not in _SCALES:
+        return gguf.quantize(array, kind)
+    block, size = gguf.GGML_QUANT_SIZES[kind]
+    draw = np.random.default_rng(int(abs(array).sum() * 1000))
+    blocks = draw.integers(0, 256, (array.size // block, size), dtype=np.uint8)
+    for place in _SCALES[kind.name]:
+        scales = draw.uniform(1e-4, 4e-4, len(blocks)).astype(np.float16)
+        blocks[:, place : place + 2] = scales.view(np.uint8).reshape(-1, 2)
+    return blocks.reshape(len(array), -1)
+
+
+def write_gguf(path, model, store=gguf.GGMLQuantizationType.F32):
+    """A Llama as llama.cpp's converter writes it; `store` is the type of the matrices."""
+    config = model.config
+    tokenizer = byte_tokenizer()
+    tokens = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
+    special = set(tokenizer.all_special_tokens) | {"<|im_start|>", "<|im_end|>"}
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    with gguf_file(path, config=config) as writer:
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre("smollm")
+        writer.add_token_list(tokens)
+        writer.add_token_types([gguf.TokenType.CONTROL if t in special else gguf.TokenType.NORMAL for t in tokens])
+        writer.add_token_merges(["h i"])
+        writer.add_eos_token_id(tokenizer.convert_tokens_to_ids("<|im_end|>"))
+        writer.add_chat_template(CHATML)
+        for name, tensor in model.state_dict().items():
+            if name == "lm_head.weight":  # tied
+                continue
+            array = tensor.numpy()
+            heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(
+                name.split(".")[-2]
+            )
+            if heads:  # llama.cpp interleaves the halves of each rotary head
+                array = array.reshape(heads, 2, -1, array.shape[1]).swapaxes(1, 2).reshape(array.shape)
+            target = names.get_name(name, try_suffixes=(".weight",))
+            kind = store if array.ndim == 2 else gguf.GGMLQuantizationType.F32
+            writer.add_tensor(target, stored(np.ascontiguousarray(array), kind), raw_dtype=kind)
+    return str(path)
+
+
+def rounded(tensor, store):
+    """What a matrix is after a GGUF file has stored it."""
+    return (
+        torch.from_numpy(gguf.dequantize(gguf.quantize(tensor.numpy(), store), store)) if tensor.ndim == 2 else tensor
+    )

@@ -7,11 +7,10 @@ import subprocess
 import sys
 
 import gguf
-import numpy as np
 import pytest
 import torch
 
-from gguf_files import gguf_file
+from gguf_files import rounded, write_gguf
 from lorakit import files, gguf_cache, models
 from lorakit.errors import FileError, ModelError
 from tiny_models import CHATML, byte_tokenizer, tiny_llama
@@ -21,43 +20,6 @@ from tiny_models import CHATML, byte_tokenizer, tiny_llama
 def cache(monkeypatch, tmp_path):
     monkeypatch.setenv("LORAKIT_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
-
-
-def write_gguf(path, model, store=gguf.GGMLQuantizationType.F32):
-    """A Llama as llama.cpp's converter writes it; `store` is the type of the matrices."""
-    config = model.config
-    tokenizer = byte_tokenizer()
-    tokens = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
-    special = set(tokenizer.all_special_tokens) | {"<|im_start|>", "<|im_end|>"}
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
-    with gguf_file(path, config=config) as writer:
-        writer.add_tokenizer_model("gpt2")
-        writer.add_tokenizer_pre("smollm")
-        writer.add_token_list(tokens)
-        writer.add_token_types([gguf.TokenType.CONTROL if t in special else gguf.TokenType.NORMAL for t in tokens])
-        writer.add_token_merges(["h i"])
-        writer.add_eos_token_id(tokenizer.convert_tokens_to_ids("<|im_end|>"))
-        writer.add_chat_template(CHATML)
-        for name, tensor in model.state_dict().items():
-            if name == "lm_head.weight":  # tied
-                continue
-            array = tensor.numpy()
-            heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(
-                name.split(".")[-2]
-            )
-            if heads:  # llama.cpp interleaves the halves of each rotary head
-                array = array.reshape(heads, 2, -1, array.shape[1]).swapaxes(1, 2).reshape(array.shape)
-            target = names.get_name(name, try_suffixes=(".weight",))
-            kind = store if array.ndim == 2 else gguf.GGMLQuantizationType.F32
-            writer.add_tensor(target, gguf.quantize(np.ascontiguousarray(array), kind), raw_dtype=kind)
-    return str(path)
-
-
-def rounded(tensor, store):
-    """What a matrix is after a GGUF file has stored it."""
-    return (
-        torch.from_numpy(gguf.dequantize(gguf.quantize(tensor.numpy(), store), store)) if tensor.ndim == 2 else tensor
-    )
 
 
 @pytest.mark.parametrize("store", ["F32", "F16", "Q8_0"])
@@ -122,8 +84,11 @@ def test_two_processes_convert_once(tmp_path, cache):
 def test_what_is_no_gguf_is_an_error_and_leaves_nothing_behind(tmp_path, cache):
     path = tmp_path / "bad.gguf"
     path.write_bytes(b"GGUF" + bytes(100))
-    with pytest.raises(ModelError, match=r"bad\.gguf: transformers cannot read"):
+    with pytest.raises(ModelError, match=r"bad\.gguf: GGUF version 0"):
         models.load_model(str(path), dtype="fp32", device="cpu")
+    assert not cache.exists()
+    with pytest.raises(ModelError, match=r"bad\.gguf: transformers cannot read"):
+        models.load_model(str(path), dtype="fp32", device="cpu", quantize="none")
     assert [p.suffix for p in (cache / "gguf").iterdir()] == [".lock"]
 
 

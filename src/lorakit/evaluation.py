@@ -197,6 +197,7 @@ def evaluate(
     micro_batch_tokens: int = 4096,
     dtype: str = "auto",
     device: str = "auto",
+    quantize: str = "auto",
     split: str = "test",
     on_progress: Callable[[str, int, int], None] | None = None,
 ) -> list[Evaluation]:
@@ -220,6 +221,7 @@ def evaluate(
         micro_batch_tokens: tokens at once for the loss.
         dtype: of the model, if it is loaded here.
         device: of the model, if it is loaded here.
+        quantize: how the model is held, if it is loaded here (`models.storage_of`); auto: as it was for the adapters.
         split: of a Hub data set.
         on_progress: called with (adapter or "base", rows answered, rows in all).
 
@@ -251,7 +253,11 @@ def evaluate(
         name: adapter if isinstance(adapter, Adapter) else _read(adapter, model)
         for name, adapter in zip(names, adapters, strict=True)
     }
-    loaded, tokenizer = models.load_model(model, dtype, device) if isinstance(model, str) else model
+    if isinstance(model, str):
+        storage = models.agreed_storage(list(values.values()), model, quantize)
+        loaded, tokenizer = models.load_model(model, dtype, device, storage)
+    else:
+        loaded, tokenizer = model
 
     def measure(adapter: str | None, own_tokenizer: Any) -> Evaluation:
         start = time.perf_counter()

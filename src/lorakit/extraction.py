@@ -16,9 +16,10 @@ from lorakit.adapter.config import LoRAConfig
 from lorakit.adapter.targets import Target, find_targets
 from lorakit.adapter.updates import seeded
 from lorakit.adapter.value import Adapter, Factors
+from lorakit.checkpoints.folder import Checkpoint, NotStreamableError, find_checkpoint
 from lorakit.core import lowrank
 from lorakit.errors import AdapterError, ModelError, bullet_list
-from lorakit.merging.stream import Checkpoint, NotStreamableError, base_info, find_checkpoint
+from lorakit.merging.stream import base_info
 from lorakit.models import load_skeleton, local_folder
 
 

@@ -1,4 +1,5 @@
-"""GGUF files as transformers folders: converted once, kept in the user's cache, found again by content.
+"""GGUF files as transformers folders, with weights or without: made once, kept in the user's cache, found again by
+their content.
 
 Also what every load through transformers needs: quiet on the screen, and no weight left to chance. Knows paths, not how
 users name models.
@@ -7,16 +8,18 @@ users name models.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import importlib
 import importlib.util
 import io
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from lorakit import files
 from lorakit.errors import FileError, MissingDependencyError, ModelError, bullet_list
+from lorakit.formats import gguf_container
 
 _CACHE_FORMAT = 1  # part of the cache key: raise it when what a conversion writes changes
 
@@ -27,23 +30,54 @@ def converted_gguf(path: str | Path) -> Path:
     """A transformers folder with the weights of a GGUF file, dequantised (fp32, exact), and its tokenizer.
 
     Made on first use and kept under the SHA-256 of the file, so a moved or renamed file is not converted again and a
-    changed one is. Safe with several processes: one converts, the others wait.
+    changed one is.
 
     Raises:
         ModelError: transformers cannot read the file.
         MissingDependencyError: transformers needs accelerate to read GGUF files.
     """
+    return _made(f"{files.sha256_file(path)}-v{_CACHE_FORMAT}", lambda folder: _convert_gguf(Path(path), folder))
+
+
+def described_gguf(path: str | Path) -> Path:
+    """A transformers folder with a GGUF file's config, tokenizer and settings of generation, and no weights.
+
+    Made on first use and kept under the SHA-256 of the file's header, which is all it depends on.
+
+    Raises:
+        ModelError: no sound GGUF file, or transformers cannot read its header.
+    """
+    digest = hashlib.sha256(opened_gguf(path).header_bytes).hexdigest()
+    return _made(f"{digest}-about-v{_CACHE_FORMAT}", lambda folder: _describe_gguf(Path(path), folder))
+
+
+def opened_gguf(path: str | Path) -> gguf_container.MappedFile:
+    """A GGUF file mapped into memory.
+
+    Raises:
+        ModelError: it cannot be read, or is no sound GGUF file.
+    """
+    try:
+        return gguf_container.MappedFile(Path(path))
+    except FileError as error:
+        raise ModelError(str(error)) from error
+
+
+def _made(name: str, make: Callable[[Path], None]) -> Path:
+    """The folder of that name in the cache, made if it is not there. Safe with several processes: one makes it, the
+    others wait.
+    """
     import filelock
 
-    folder = files.cache_folder() / "gguf" / f"{files.sha256_file(path)}-v{_CACHE_FORMAT}"
+    folder = files.cache_folder() / "gguf" / name
     if _is_whole(folder):
         return folder
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         lock = filelock.FileLock(folder.with_suffix(".lock"))
         with lock:
-            if not _is_whole(folder):  # another process may have converted it while we waited
-                _convert_gguf(Path(path), folder)
+            if not _is_whole(folder):  # another process may have made it while we waited
+                make(folder)
     except OSError as error:
         if isinstance(error, FileError):
             raise
@@ -93,11 +127,37 @@ def _convert_gguf(path: Path, folder: Path) -> None:
     # The weights are plain tensors now; with these marks left on, saving refuses and loading would look for blocks.
     model.hf_quantizer = None
     model.config.__dict__.pop("quantization_config", None)
+    _save(path, folder, model, tokenizer)
+
+
+def _describe_gguf(path: Path, folder: Path) -> None:
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    place: dict[str, Any] = {"gguf_file": path.name, "local_files_only": True}
+    auto_model: Any = AutoModelForCausalLM
+    try:
+        with quiet(progress_bars=False), contextlib.redirect_stderr(io.StringIO()):
+            tokenizer: Any = AutoTokenizer.from_pretrained(path.parent, **place)
+            config: Any = AutoConfig.from_pretrained(path.parent, **place)
+            with torch.device("meta"):
+                model = auto_model.from_config(config, dtype=torch.float32)
+    except Exception as error:
+        raise ModelError(f"{path}: transformers cannot read this GGUF file: {error}") from error
+    model.config.architectures = [type(model).__name__]
+    _save(path, folder, model, tokenizer, weights=False)
+
+
+def _save(path: Path, folder: Path, model: Any, tokenizer: Any, *, weights: bool = True) -> None:
     for key in ("is_local", "local_files_only"):
         tokenizer.init_kwargs.pop(key, None)
     about = {"source": path.name, "format": _CACHE_FORMAT}
     with files.atomic_folder(folder, manifest=about) as building, quiet(progress_bars=False):
-        model.save_pretrained(building)
+        if weights:
+            model.save_pretrained(building)
+        else:
+            model.config.save_pretrained(building)
+            model.generation_config.save_pretrained(building)
         tokenizer.save_pretrained(building)
 
 

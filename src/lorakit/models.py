@@ -1,13 +1,15 @@
 """Find and load a base model and its tokenizer: Hub id, folder, `.gguf` file, or the alias `smollm2`.
 
-`resolve` says where a model is without reading weights; `load_model` reads them. A GGUF file is converted once into a
-folder in the user's cache (keyed by its content) and is loaded from there ever after, so that the first and every later
-load are the same model. Knows no data, and of adapters only that a folder may be one, and which base it names.
+`resolve` says where a model is without reading weights; `load_model` reads them. A GGUF file keeps its blocks, or is
+converted once into a folder in the user's cache (keyed by its content) and is loaded from there ever after, so that the
+first and every later load are the same model. Knows no data, and of adapters only that a folder may be one, and which
+base it names.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import typing
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +17,21 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from lorakit import machine, pipelines
 from lorakit.adapter.value import Adapter
-from lorakit.errors import ModelError, bullet_list, nearest
+from lorakit.checkpoints.folder import Checkpoint, NotStreamableError, QuantisedCheckpoint, find_checkpoint
+from lorakit.checkpoints.gguf import GgufCheckpoint, GgufWeights, holds_blocks
+from lorakit.errors import ConfigError, ModelError, bullet_list, nearest
 from lorakit.formats import recognise
 from lorakit.formats.peft import base_name
-from lorakit.gguf_cache import converted_gguf, quiet, refuse_missing
+from lorakit.gguf_cache import converted_gguf, described_gguf, quiet, refuse_missing
+from lorakit.quantised_base import (
+    QUANTIZERS,
+    WORKSPACE,
+    Storage,
+    from_blocks,
+    from_checkpoint,
+    quantised_names,
+    stored_bytes,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -218,7 +231,13 @@ def _offline() -> bool:
 # ---------------------------------------------------------------- loading
 
 
-def load_model(spec: str | Path, dtype: str | torch.dtype = "auto", device: str = "auto") -> tuple[Any, Any]:
+Quantize = Literal["auto", "none", "blocks", "int8", "nf4"]
+"""How a base is to be held: `storage_of` says what each means."""
+
+
+def load_model(
+    spec: str | Path, dtype: str | torch.dtype = "auto", device: str = "auto", quantize: str = "auto"
+) -> tuple[Any, Any]:
     """Load a causal language model, in evaluation mode, and its tokenizer.
 
     Args:
@@ -226,6 +245,7 @@ def load_model(spec: str | Path, dtype: str | torch.dtype = "auto", device: str 
         dtype: fp32, bf16, fp16 (or float32, torch.float32, ...), or auto: what `machine.training_dtype` finds fast and
             safe on the device.
         device: auto, cpu, cuda, cuda:1, mps.
+        quantize: auto, none, blocks, int8, nf4 (`storage_of`). Quantised, `dtype` is the one to compute in.
 
     Returns:
         (transformers model, transformers tokenizer). Both carry `ModelSource.name`, what adapters record as their base,
@@ -233,16 +253,18 @@ def load_model(spec: str | Path, dtype: str | torch.dtype = "auto", device: str 
 
     Raises:
         ModelError: the model cannot be found or read.
-        ConfigError: dtype or device is unknown or not here.
+        ConfigError: dtype or device is unknown or not here, or the base cannot be held that way.
     """
-    model = load_weights(spec, dtype, device)
+    model = load_weights(spec, dtype, device, quantize)
     source = resolve(spec)
     tokenizer = _load_tokenizer(source)
     check_tokenizer(model, tokenizer, source.spec)
     return model, tokenizer
 
 
-def load_weights(spec: str | Path, dtype: str | torch.dtype = "auto", device: str = "auto") -> Any:
+def load_weights(
+    spec: str | Path, dtype: str | torch.dtype = "auto", device: str = "auto", quantize: str = "auto"
+) -> Any:
     """The model of `load_model` alone: its folder need not hold a tokenizer.
 
     Raises:
@@ -253,6 +275,9 @@ def load_weights(spec: str | Path, dtype: str | torch.dtype = "auto", device: st
     source = resolve(spec)
     target = machine.resolve_device(device)
     torch_dtype = machine.resolve_dtype(dtype, target)
+    storage = storage_of(spec, quantize)
+    if storage != "none":
+        return _load_quantised(source, storage, torch_dtype, target)
     model, report = _from_pretrained(AutoModelForCausalLM, source, dtype=torch_dtype, output_loading_info=True)
     refuse_missing(report, source.spec)
     model.config._name_or_path = source.published
@@ -260,8 +285,115 @@ def load_weights(spec: str | Path, dtype: str | torch.dtype = "auto", device: st
     return model.to(target).eval()
 
 
-def load_skeleton(spec: str | Path) -> Any:
-    """The model without its weights: every module and parameter, on the meta device, from its config alone.
+def storage_of(spec: str | Path, quantize: str = "auto") -> Storage:
+    """How the weights of a base will be held in memory.
+
+    Args:
+        spec: see `resolve`.
+        quantize: auto: a `.gguf` file keeps its blocks, anything else (the alias smollm2 too) has a floating-point
+            dtype. none: a floating-point dtype. blocks: those of the GGUF file. int8, nf4: linear layers are quantised
+            while they are read.
+
+    Raises:
+        ConfigError: an unknown name, or blocks of a base that is no GGUF file.
+        ModelError: the model cannot be found, or is no sound GGUF file.
+    """
+    known = typing.get_args(Quantize)
+    if quantize not in known:
+        raise ConfigError(f"quantize: unknown {quantize!r}; allowed: {', '.join(known)}")
+    source = resolve(spec)
+    if quantize == "auto":
+        named = source.kind == "gguf" and source.name != SMOLLM2
+        return "blocks" if named and holds_blocks(Path(source.location)) else "none"
+    if quantize == "blocks" and source.kind != "gguf":
+        raise ConfigError(f"quantize: {source.spec} is no GGUF file, so it has no blocks to keep; choose int8 or nf4")
+    return quantize  # type: ignore[return-value]
+
+
+def agreed_storage(adapters: Sequence[Adapter], spec: str | Path, quantize: str = "auto") -> str:
+    """`quantize` for the base of these adapters; where it is auto, as the bases were held that they were made on.
+
+    Raises:
+        ConfigError: they were made on bases held in different ways.
+    """
+    if quantize != "auto":
+        return quantize
+    found = {adapter.base.storage for adapter in adapters if adapter.base is not None and adapter.base.structure}
+    if found <= {"none", "blocks"}:  # equal numbers
+        if len(found) != 1 or (found == {"blocks"} and resolve(spec).kind != "gguf"):
+            return "auto"
+    elif len(found) > 1:
+        raise ConfigError(
+            f"the adapters were made on bases held in different ways ({', '.join(sorted(found))}), which have other "
+            "weights: use them one by one, or choose with quantize (--quantize)"
+        )
+    return found.pop()
+
+
+def checkpoint_of(spec: str | Path, skeleton: Any, storage: str = "none") -> Checkpoint:
+    """The weights of a base on disk, to be read one by one, with the numbers that they have when it is held so.
+
+    Args:
+        spec: see `resolve`.
+        skeleton: of the model.
+        storage: `BaseInfo.storage`.
+
+    Raises:
+        NotStreamableError: its files cannot be read tensor by tensor.
+        ModelError: the model cannot be found, or a GGUF file cannot be read.
+    """
+    if storage == "none":
+        return find_checkpoint(local_folder(spec), skeleton)
+    held = _unconverted(resolve(spec), skeleton)
+    if storage in QUANTIZERS:
+        return QuantisedCheckpoint.of(held, quantised_names(skeleton), QUANTIZERS[storage])
+    return held
+
+
+def weights_size(skeleton: Any, spec: str | Path, quantize: str, dtype: torch.dtype) -> int:
+    """Bytes that a base's weights and buffers take in memory.
+
+    Args:
+        skeleton: of the model.
+        spec: see `resolve`.
+        quantize: see `storage_of`.
+        dtype: to compute in.
+    """
+    storage = storage_of(spec, quantize)
+    return stored_bytes(skeleton, storage, dtype, Path(resolve(spec).location)) + (storage != "none") * WORKSPACE
+
+
+def _unconverted(source: ModelSource, skeleton: Any) -> Checkpoint:
+    """The weights of a base, those of a GGUF file where they are."""
+    if source.kind != "gguf":
+        return find_checkpoint(local_folder(source.spec), skeleton)
+    path = Path(source.location)
+    return GgufCheckpoint.of(GgufWeights(path, skeleton), Path(_about_folder(source) or ""))
+
+
+def _load_quantised(source: ModelSource, storage: Storage, dtype: torch.dtype, device: torch.device) -> Any:
+    skeleton = load_skeleton(source.spec, dtype)
+    if storage == "blocks":
+        model = from_blocks(Path(source.location), skeleton, device)
+    else:
+        try:
+            checkpoint = _unconverted(source, skeleton)
+        except NotStreamableError as error:
+            raise ModelError(
+                f"{error}\nSo it cannot be quantised while it is read; load it with quantize 'none'"
+            ) from error
+        model = from_checkpoint(checkpoint, skeleton, QUANTIZERS[storage], device)
+    settings = Path(_about_folder(source) or "") / "generation_config.json"
+    if settings.is_file():
+        from transformers import GenerationConfig
+
+        model.generation_config = GenerationConfig.from_pretrained(settings.parent, local_files_only=True)
+    return model
+
+
+def load_skeleton(spec: str | Path, dtype: torch.dtype | None = None) -> Any:
+    """The model without its weights: every module and parameter, on the meta device, from its config alone; in `dtype`,
+    if one is given.
 
     A diffusion pipeline is an `nn.ModuleDict` of its components. A Hub id that is not in the local cache has its
     configs downloaded, nothing else.
@@ -279,16 +411,17 @@ def load_skeleton(spec: str | Path) -> Any:
         skeleton.name_or_path = str(pipeline if Path(spec).expanduser().exists() else spec)  # type: ignore[assignment]
         return skeleton
     source = resolve(spec)
-    config = _from_pretrained(transformers.AutoConfig, source)
+    config = _from_pretrained(transformers.AutoConfig, source, folder=_about_folder(source))
     auto_model: Any = transformers.AutoModelForCausalLM  # as load_model has it
+    options = {} if dtype is None else {"dtype": dtype}
     own_class = getattr(transformers, next(iter(config.architectures or ()), ""), None)
     with torch.device("meta"), quiet(progress_bars=False):
         try:
-            skeleton = auto_model.from_config(config)
+            skeleton = auto_model.from_config(config, **options)
         except ValueError as error:  # no language model: an encoder, a classifier
             if own_class is None:
                 raise _load_error(source, error) from error
-            skeleton = own_class._from_config(config)
+            skeleton = own_class._from_config(config, **options)
     skeleton.config._name_or_path = source.published
     skeleton.name_or_path = source.name
     return skeleton.eval()
@@ -375,19 +508,27 @@ def _load_tokenizer(source: ModelSource) -> Any:
     from transformers import AutoTokenizer
 
     # for some architectures transformers makes an empty one of nothing; of a Hub id the cache may hold only a part
-    folder = None if source.kind == "hub" else _local_folder(source)
+    about = _about_folder(source)
+    folder = None if source.kind == "hub" else about
     if folder is not None and not any(next(Path(folder).glob(each), None) for each in _TOKENIZER_FILES):
         raise NoTokenizerError(
             f"{source.spec}: holds no tokenizer (no tokenizer.json, tokenizer.model, vocab.json, ...)"
         )
-    tokenizer = _from_pretrained(AutoTokenizer, source)
+    tokenizer = _from_pretrained(AutoTokenizer, source, folder=about)
     tokenizer.name_or_path = source.name
     return tokenizer
 
 
-def _from_pretrained(auto_class: Any, source: ModelSource, **options: Any) -> Any:
-    """`auto_class.from_pretrained`: what is local never asks the network, a Hub id only if the cache lacks it."""
-    folder = _local_folder(source)
+def _from_pretrained(auto_class: Any, source: ModelSource, folder: str | None = None, **options: Any) -> Any:
+    """`auto_class.from_pretrained`: what is local never asks the network, a Hub id only if the cache lacks it.
+
+    Args:
+        auto_class: of transformers.
+        source: of the model.
+        folder: where the files are, if that is known.
+        **options: for `from_pretrained`.
+    """
+    folder = folder or _local_folder(source)
     if folder is not None:
         try:
             with quiet(progress_bars=False):
@@ -415,6 +556,13 @@ def _local_folder(source: ModelSource) -> str | None:
         return source.location
     cached = _cached_config(source.location)
     return str(Path(cached).parent) if cached else None
+
+
+def _about_folder(source: ModelSource) -> str | None:
+    """Where config and tokenizer are: as `_local_folder`, but no GGUF file is converted for them."""
+    if source.kind == "gguf" and source.name != SMOLLM2:
+        return str(described_gguf(source.location))
+    return _local_folder(source)
 
 
 def _load_error(source: ModelSource, error: Exception) -> ModelError:

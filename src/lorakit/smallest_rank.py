@@ -98,6 +98,7 @@ def smallest_rank(
     micro_batch_tokens: int = 4096,
     dtype: str = "auto",
     device: str = "auto",
+    quantize: str = "auto",
     split: str = "test",
     on_trial: Callable[[Trial], None] | None = None,
 ) -> Search:
@@ -119,6 +120,7 @@ def smallest_rank(
         micro_batch_tokens: tokens at once.
         dtype: of the model, if it is loaded here.
         device: of the model, if it is loaded here.
+        quantize: as in `evaluate`.
         split: of a Hub data set.
         on_trial: called after each.
 
@@ -139,7 +141,10 @@ def smallest_rank(
     sizes = _sizes(value, by)
     if model is None:
         model = models.common_base([] if isinstance(adapter, Adapter) else [adapter])
-    loaded, tokenizer = models.load_model(model, dtype, device) if isinstance(model, str) else model
+    if isinstance(model, str):
+        loaded, tokenizer = models.load_model(model, dtype, device, models.agreed_storage([value], model, quantize))
+    else:
+        loaded, tokenizer = model
     if not isinstance(adapter, Adapter):
         tokenizer = models.tokenizer_beside(adapter, loaded, tokenizer)
     chat_format = ChatFormat(tokenizer, models.stop_ids(loaded, tokenizer), max_length, chat_template).for_rows(rows)

@@ -13,10 +13,10 @@ from transformers import AutoModelForCausalLM
 import lorakit
 from adapter.models import mixtral, qwen3_moe, randomise
 from lorakit import LoRAConfig, files, models
+from lorakit.checkpoints.folder import NotStreamableError, find_checkpoint
 from lorakit.data.sources import Origin, Row
 from lorakit.errors import AdapterError, ConfigError, MergeError, ModelError
 from lorakit.merging import CERTIFICATE, merge, proof
-from lorakit.merging.stream import NotStreamableError, find_checkpoint
 from tiny_models import byte_tokenizer, tiny_gpt2, tiny_llama
 
 IDS = torch.randint(0, 200, (2, 7), generator=torch.Generator().manual_seed(0))

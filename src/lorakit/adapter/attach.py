@@ -219,7 +219,13 @@ class AttachedAdapters:
             self._state.folded = False
 
     def merge_report(self, *, seed: int | None = None) -> FoldReport:
-        """What `merge` would do: per parameter, how much of the update survives rounding. Changes nothing."""
+        """What `merge` would do: per parameter, how much of the update survives rounding. Changes nothing.
+
+        Of a quantised weight: how much survives in its own format, in which `merge` does not write.
+
+        Raises:
+            AdapterError: as in `merge`, or a format that lorakit does not write (the K formats of GGUF files).
+        """
         return folding.preview(self.model, self.adapted_modules(), self.active_selection(), seed)
 
     def merge(
@@ -237,13 +243,14 @@ class AttachedAdapters:
             seed: determines the draws of stochastic rounding.
 
         Raises:
-            AdapterError: nothing is active, an update cannot be folded in, or too little of it would survive; the model
-            is as it was.
+            AdapterError: nothing is active, an update cannot be folded in, too little of it would survive, or the
+            weights are quantised; the model is as it was.
         """
         self._refuse_while_merged("merge")
         if rounding not in ("nearest", "stochastic"):
             raise AdapterError(f"rounding is 'nearest' or 'stochastic' (got {rounding!r})")
         draws = seed if rounding == "stochastic" else None
+        folding.require_dense(self.adapted_modules(), self.active_selection())
         self.merge_report(seed=draws).check(minimum_survival)
         folding.fold_in(self.model, self.adapted_modules(), self.active_selection(), draws)
         return self.detach()

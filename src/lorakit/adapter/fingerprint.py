@@ -10,6 +10,8 @@ import torch
 from torch import nn
 
 from lorakit.adapter.value import BaseInfo
+from lorakit.quant.blocks import BLOCKS
+from lorakit.quant.tensor import format_of
 
 _TENSORS = 64
 _PER_TENSOR = 4
@@ -43,8 +45,9 @@ def of(
             continue
         digest = hashlib.sha256(name.encode()).digest()
         places = [int.from_bytes(digest[4 * i : 4 * i + 4], "big") % parameter.numel() for i in range(_PER_TENSOR)]
-        flat = parameter.detach().reshape(-1)[torch.tensor(places, device=parameter.device)]
-        samples += [float(f"{value:.8g}") for value in flat.float().tolist()]
+        # by coordinates: of a quantised weight only the rows they are in are unpacked
+        at = torch.unravel_index(torch.tensor(places, device=parameter.device), parameter.shape)
+        samples += [float(f"{value:.8g}") for value in parameter.detach()[at].float().tolist()]
     dtypes: Counter[torch.dtype] = Counter()
     for _, parameter in parameters:
         dtypes[parameter.dtype] += parameter.numel()
@@ -59,7 +62,14 @@ def of(
         structure=structure,
         samples=tuple(samples),
         published=published,
+        storage=_storage([parameter for _, parameter in parameters]),
     )
+
+
+def _storage(parameters: Sequence[torch.Tensor]) -> str:
+    """`BaseInfo.storage` of these weights."""
+    formats = {name for name in map(format_of, parameters) if name is not None}
+    return "blocks" if formats & BLOCKS.keys() else next(iter(sorted(formats)), "none")
 
 
 def differences(made_on: BaseInfo, here: BaseInfo) -> list[str]:
@@ -84,7 +94,11 @@ def differences(made_on: BaseInfo, here: BaseInfo) -> list[str]:
             for a, b in zip(made_on.samples, here.samples, strict=True)
         )
         if differ:
-            names = [f"{role} {base.name}" for role, base in (("made on", made_on), ("this is", here)) if base.name]
+            named = [(role, base) for role, base in (("made on", made_on), ("this is", here)) if base.name]
+            names = [
+                f"{role} {base.name}" + (f" in {base.storage}" if base.storage != "none" else "")
+                for role, base in named
+            ]
             problems.append(
                 f"base: same shapes, other weights: {differ} of {len(here.samples)} sampled weights differ"
                 + (f" ({', '.join(names)})" if names else "")

@@ -24,6 +24,7 @@ from lorakit.core.layer import AdaptedLayer, AdaptedModule, ReplacedModule, base
 from lorakit.core.sites import Site
 from lorakit.core.weights import base_weight_of
 from lorakit.errors import AdapterError, bullet_list
+from lorakit.quant.tensor import WAYS_OUT, format_of
 
 MINIMUM_SURVIVAL = 0.8
 """Share of the update that must survive rounding, over all layers, unless a caller says otherwise."""
@@ -94,7 +95,12 @@ Owner = tuple[str, nn.Module, str]
 
 
 def folded_parameters(
-    modules: Mapping[str, AdaptedModule], selection: Selection, seed: int | None, *, dtype: torch.dtype | None = None
+    modules: Mapping[str, AdaptedModule],
+    selection: Selection,
+    seed: int | None,
+    *,
+    dtype: torch.dtype | None = None,
+    rewrite: bool = False,
 ) -> Iterator[tuple[Owner, torch.Tensor, FoldedLayer]]:
     """Every parameter that a selection changes, as it is stored once folded in; one at a time, nothing is written.
 
@@ -103,6 +109,7 @@ def folded_parameters(
         selection: adapters and weights.
         seed: round stochastically, drawing from it and each parameter's name; None: to the nearest.
         dtype: of storage; None: each parameter's own.
+        rewrite: quantised weights in their own format (`core.folding.fold`).
 
     Raises:
         AdapterError: as `require_biases`, or an update that cannot be folded in.
@@ -113,7 +120,7 @@ def folded_parameters(
             name, inner, own_name = owner
             own = inner.get_parameter(own_name).detach()
             generator = None if seed is None else seeded(seed, name, own.device)
-            folded = fold(own, update, dtype=dtype, generator=generator, where=name)
+            folded = fold(own, update, dtype=dtype, generator=generator, where=name, rewrite=rewrite)
             yield (
                 owner,
                 folded.weight,
@@ -202,15 +209,15 @@ def sum_of(terms: Iterable[tuple[torch.Tensor, float]]) -> torch.Tensor:
 def preview(
     model: nn.Module, modules: Mapping[str, AdaptedModule], selection: Selection, seed: int | None
 ) -> FoldReport:
-    """What folding would do; every weight is computed and let go again.
+    """What folding would do; every weight is computed and let go again, a quantised one stored in its own format.
 
     Raises:
         AdapterError: an update cannot be folded in, or is not finite in the dtype of its weight.
     """
     layers, dtypes, names = [], set(), []
-    for (name, _, _), stored, layer in folded_parameters(modules, selection, seed):
+    for (name, _, _), stored, layer in folded_parameters(modules, selection, seed, rewrite=True):
         layers.append(layer)
-        dtypes.add(str(stored.dtype).removeprefix("torch."))
+        dtypes.add(format_of(stored) or str(stored.dtype).removeprefix("torch."))
         names.append(name)
     kept = {name for group in _staying_tied(model, modules, selection) for name in group}
     shared = shared_parameters(model) - kept
@@ -336,6 +343,32 @@ def require_active(selection: Selection) -> None:
     """
     if not selection.weights:
         raise AdapterError("no adapter is active, so there is nothing to merge; activate one first")
+
+
+def require_dense(modules: Mapping[str, AdaptedModule], selection: Selection) -> None:
+    """Refuse to write an update into quantised weights.
+
+    Raises:
+        AdapterError: one would be changed; says how much of the update would survive it, where that can be told.
+    """
+    quantised = {
+        name: stored
+        for path, module in modules.items()
+        for name in changed_parameters(path, module, selection)
+        if (stored := format_of(module.get_parameter(name[len(path) + 1 :] if path else name))) is not None
+    }
+    if not quantised:
+        return
+    try:
+        layers = [layer for _, _, layer in folded_parameters(modules, selection, None, rewrite=True)]
+        report = FoldReport(layers=tuple(layers), dtypes=(), untied=())
+        survived = f"of the update {report.survived:.1%} would survive in them"
+    except AdapterError as error:  # a format that is only read
+        survived = f"how much would survive in them cannot be told ({error})"
+    raise AdapterError(
+        f"{len(quantised)} of the weights to change are quantised ({', '.join(sorted({*quantised.values()}))}); "
+        f"{survived}. Ways out: {WAYS_OUT}"
+    )
 
 
 def require_biases(modules: Mapping[str, AdaptedModule], selection: Selection) -> None:

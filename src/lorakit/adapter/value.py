@@ -129,6 +129,8 @@ class BaseInfo:
         structure: SHA-256 over names and shapes of all base parameters.
         samples: a few hundred weights at places that follow from the names, in fp32, rounded to 8 digits.
         published: under which other tools find it, or what it was made from: `name`, but the Hub id behind an alias.
+        storage: how its weights were held: "none" (in a floating-point dtype), "blocks" (of a GGUF file, the same
+        numbers), "int8" or "nf4" (other numbers than those of the model it was made of).
     """
 
     name: str | None
@@ -137,6 +139,7 @@ class BaseInfo:
     structure: str
     samples: tuple[float, ...]
     published: str | None = None
+    storage: str = "none"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

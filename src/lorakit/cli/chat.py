@@ -27,6 +27,7 @@ def command(
     model: str | None,
     dtype: str,
     device: str,
+    quantize: str,
     chat_template: str,
     adapter: str | None,
     system: str | None,
@@ -39,7 +40,7 @@ def command(
     """Talk with a model. Each line is a turn; from a pipe too. /reset forgets the conversation, /exit ends it."""
     from lorakit.generation import stream
 
-    subject = load_subject(model, adapter, chat_template, dtype, device)
+    subject = load_subject(model, adapter, chat_template, dtype, device, quantize)
     opening: Messages = [{"role": "system", "content": system}] if system is not None else []
     messages = list(opening)
     if sys.stdin.isatty():

@@ -39,6 +39,7 @@ def command(
     model: str | None,
     dtype: str,
     device: str,
+    quantize: str,
     chat_template: str,
     adapter: str | None,
     prompts: tuple[str, ...],
@@ -65,7 +66,7 @@ def command(
     texts, rows = _asked(prompts, file)
     if raw and system is not None:
         raise ConfigError("--system needs a chat template, --raw leaves it out: give one of them")
-    subject = load_subject(model, adapter, "none" if raw else chat_template, dtype, device)
+    subject = load_subject(model, adapter, "none" if raw else chat_template, dtype, device, quantize)
     chat_format = subject.chat_format.for_rows(rows)
     requests = [_from_text(chat_format, text, system) for text in texts]
     from_row = functools.partial(_from_row, chat_format)

@@ -22,7 +22,9 @@ class Subject(NamedTuple):
     """The base model as the user or the adapter names it."""
 
 
-def load_subject(model: str | None, adapter: str | None, chat_template: str, dtype: str, device: str) -> Subject:
+def load_subject(
+    model: str | None, adapter: str | None, chat_template: str, dtype: str, device: str, quantize: str = "auto"
+) -> Subject:
     """Load a model and give it an adapter; without a model, the base that the adapter names."""
     from lorakit import models
     from lorakit.adapter.attach import attach
@@ -33,7 +35,8 @@ def load_subject(model: str | None, adapter: str | None, chat_template: str, dty
         models.read_adapter(adapter, spec) if adapter else None
     )  # before the model: what is wrong with it is told at once
     console.print(f"model  {spec}" + (f" with {adapter}" if adapter else ""))
-    loaded, tokenizer = models.load_model(spec, dtype, device)
+    storage = models.agreed_storage([] if value is None else [value], spec, quantize)
+    loaded, tokenizer = models.load_model(spec, dtype, device, storage)
     if adapter is not None and value is not None:
         attach(loaded, value)
         tokenizer = models.tokenizer_beside(adapter, loaded, tokenizer)
@@ -45,12 +48,19 @@ def load_subject(model: str | None, adapter: str | None, chat_template: str, dty
 
 
 def model_options(function: Callable[..., None]) -> Callable[..., None]:
-    """`--model`, `--dtype`, `--device`, `--chat-template`."""
+    """`--model`, `--dtype`, `--quantize`, `--device`, `--chat-template`."""
     for option in (
         click.option(
             "--chat-template", default="auto", show_default=True, help="auto, none, a shipped name or a file."
         ),
         click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, mps."),
+        click.option(
+            "--quantize",
+            type=click.Choice(["auto", "none", "blocks", "int8", "nf4"]),
+            default="auto",
+            show_default=True,
+            help="How the base is held (as for train); auto: as it was for the adapter, else blocks of a .gguf file.",
+        ),
         click.option("--dtype", "--torch_dtype", default="auto", show_default=True, help="auto, fp32, bf16, fp16."),
         click.option(
             "--model",

@@ -14,6 +14,7 @@ from torch import nn
 
 from lorakit.core import kernels, lowrank
 from lorakit.core.sites import LinearSite, Site, TransposedLinearSite
+from lorakit.quant.tensor import QuantizedTensor
 
 
 class LoRA(nn.Module):
@@ -223,6 +224,11 @@ class Replacement(nn.Module):
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
         self.copy = copy.deepcopy(module)
+        for inner in self.copy.modules():
+            for name in inner._parameters:
+                weight: torch.Tensor | None = inner._parameters[name]
+                if isinstance(weight, QuantizedTensor):  # trained whole, it is a plain one
+                    inner._parameters[name] = nn.Parameter(weight.dense(torch.float32))
         for parameter in self.copy.parameters():
             parameter.data = parameter.data.float()
             parameter.requires_grad_(True)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from lorakit.errors import AdapterError
+from lorakit.quant.tensor import QuantizedTensor
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ def fold(
     dtype: torch.dtype | None = None,
     generator: torch.Generator | None = None,
     where: str = "weight",
+    rewrite: bool = False,
 ) -> Folded:
     """`weight + update`, computed in fp32 (fp64 for an fp64 weight) and rounded once.
 
@@ -47,9 +49,11 @@ def fold(
         dtype: of storage; None: the weight's own.
         generator: round stochastically, drawing from it (on the weight's device); None: to the nearest.
         where: named in errors.
+        rewrite: store a quantised weight in its own format, not in a floating-point dtype.
 
     Raises:
-        AdapterError: the shapes differ, or the sum is not finite in that dtype.
+        AdapterError: the shapes differ, the format of a weight to be rewritten is only read, or the sum is not finite
+        in that dtype.
     """
     if weight.shape != update.shape:
         raise AdapterError(
@@ -61,7 +65,10 @@ def fold(
     update = update.to(device=weight.device, dtype=wide)
     total = old + update
     target = dtype or weight.dtype
-    stored = total.to(target) if generator is None else round_stochastically(total, target, generator)
+    if rewrite and isinstance(weight, QuantizedTensor):
+        stored: torch.Tensor = weight.rewritten(total)
+    else:
+        stored = total.to(target) if generator is None else round_stochastically(total, target, generator)
     if not torch.isfinite(stored).all():
         raise AdapterError(
             f"{where}: not finite in {str(target).removeprefix('torch.')} after folding (largest {total.abs().max()}); "

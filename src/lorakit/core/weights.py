@@ -7,7 +7,8 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from lorakit.errors import TargetError
+from lorakit.errors import AdapterError, TargetError
+from lorakit.quant.tensor import WAYS_OUT, QuantizedTensor, as_dense, format_of
 
 
 class BaseWeight(Protocol):
@@ -39,6 +40,28 @@ class Dense:
         layer.get_parameter(self.name).copy_(weight)
 
 
+class Quantised:
+    """A matrix stored in few bits (`quant.tensor`), called `weight` in most layers. It is never written."""
+
+    def __init__(self, name: str, path: str) -> None:
+        self.name, self.path = name, path
+
+    def read(self, layer: nn.Module) -> torch.Tensor:
+        """The matrix unpacked, in the dtype it is computed with."""
+        return as_dense(layer.get_parameter(self.name).detach())
+
+    def write(self, layer: nn.Module, weight: torch.Tensor) -> None:
+        """Refuse.
+
+        Raises:
+            AdapterError: always; says what can be done instead.
+        """
+        raise AdapterError(
+            f"{self.path}: stored as {format_of(layer.get_parameter(self.name))}, which cannot take another weight "
+            f"without losing most of the change: {WAYS_OUT}"
+        )
+
+
 def base_weight_of(layer: nn.Module, path: str, name: str = "weight") -> BaseWeight:
     """The storage of a layer's weight, the parameter called `name` (`Site.weight_name`).
 
@@ -46,6 +69,8 @@ def base_weight_of(layer: nn.Module, path: str, name: str = "weight") -> BaseWei
         TargetError: the weight is stored in a way lorakit does not read.
     """
     weight = getattr(layer, name, None)
+    if isinstance(weight, QuantizedTensor):
+        return Quantised(name, path)
     if isinstance(weight, nn.Parameter) and weight.is_floating_point():
         return Dense(name)
     raise TargetError(

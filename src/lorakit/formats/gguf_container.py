@@ -7,9 +7,12 @@ offset); then the data, each tensor at a multiple of the alignment.
 
 from __future__ import annotations
 
+import functools
 import math
+import mmap
 import struct
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -17,6 +20,7 @@ from lorakit import files
 from lorakit.errors import FileError
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
 MAGIC = b"GGUF"
@@ -94,15 +98,64 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         FileError: cut short, damaged, or of a version or tensor type that cannot be read.
     """
     data = files.read_bytes(path)
-    if data[:4] != MAGIC:
-        raise FileError(f"{path}: not a GGUF file")
     try:
-        return _read(_Cursor(data, 4), path)
+        return _read(data, path)
     except _DamagedError as error:
         raise FileError(f"{path}: cut short or damaged: {error}") from None
 
 
-def _read(cursor: _Cursor, path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+@dataclass(frozen=True)
+class Entry:
+    """A tensor of a file.
+
+    Attributes:
+        shape: last dimension innermost.
+        kind: ggml's number of the type of its data.
+        offset: of its first byte, from the end of the header.
+    """
+
+    shape: tuple[int, ...]
+    kind: int
+    offset: int
+
+
+@dataclass(frozen=True)
+class Header:
+    """All of a file but the data.
+
+    Attributes:
+        metadata: key -> value.
+        entries: name -> tensor.
+        alignment: of tensors, in bytes.
+        size: bytes before the data.
+    """
+
+    metadata: dict[str, Any]
+    entries: dict[str, Entry]
+    alignment: int
+    size: int
+
+
+def read_header(data: bytes | mmap.mmap, path: Path, *, lists: bool = True) -> Header:
+    """The header of a file that is in memory, or mapped into it.
+
+    Args:
+        data: of the whole file.
+        path: named in errors.
+        lists: keep lists of texts (a vocabulary); else an empty list stands for each.
+
+    Raises:
+        FileError: no GGUF file, cut short, damaged, or of a version that cannot be read.
+    """
+    if data[:4] != MAGIC:
+        raise FileError(f"{path}: not a GGUF file")
+    try:
+        return _header(_Cursor(data, 4, lists=lists), path)
+    except _DamagedError as error:
+        raise FileError(f"{path}: cut short or damaged: {error}") from None
+
+
+def _header(cursor: _Cursor, path: Path) -> Header:
     (version,) = cursor.unpack("I")
     if version not in (2, 3):
         raise FileError(f"{path}: GGUF version {version}; this version of lorakit reads 2 and 3, little-endian")
@@ -113,7 +166,7 @@ def _read(cursor: _Cursor, path: Path) -> tuple[dict[str, Any], dict[str, torch.
         if key in metadata:
             raise _DamagedError(f"the key {key!r} twice")
         metadata[key] = cursor.value(cursor.unpack("I")[0])
-    entries: dict[str, tuple[tuple[int, ...], int, int]] = {}
+    entries: dict[str, Entry] = {}
     for _ in range(tensor_count):
         name = cursor.string()
         if name in entries:
@@ -122,45 +175,137 @@ def _read(cursor: _Cursor, path: Path) -> tuple[dict[str, Any], dict[str, torch.
         if not 1 <= dimensions <= 4:
             raise _DamagedError(f"the tensor {name!r} has {dimensions} dimensions")
         *shape, kind, offset = cursor.unpack(f"{dimensions}QIQ")
-        entries[name] = (tuple(shape[::-1]), kind, offset)
+        entries[name] = Entry(tuple(shape[::-1]), kind, offset)
     alignment = metadata.get("general.alignment", _ALIGNMENT)
     if type(alignment) is not int or alignment < 1:
         raise _DamagedError(f"an alignment of {alignment!r}")
-    start = cursor.position + -cursor.position % alignment
+    return Header(metadata, entries, alignment, cursor.position + -cursor.position % alignment)
+
+
+def _read(data: bytes, path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    header = read_header(data, path)
+    start = header.size
     tensors, position = {}, 0
-    for name, (sizes, kind, offset) in sorted(entries.items(), key=lambda entry: entry[1][2]):
-        if offset != position:
+    for name, entry in sorted(header.entries.items(), key=lambda item: item[1].offset):
+        if entry.offset != position:
             raise _DamagedError(f"the data of {name!r} overlap or leave a hole at byte {position}")
-        tensors[name], size = _tensor(cursor.data, start + offset, sizes, kind, name)
-        position = offset + size + -(offset + size) % alignment
-    if len(cursor.data) > start + position:
-        raise _DamagedError(f"{len(cursor.data) - start - position:,} bytes after the last tensor")
-    return metadata, tensors
+        tensors[name], size = _tensor(data, start + entry.offset, entry, name)
+        position = entry.offset + size + -(entry.offset + size) % header.alignment
+    if len(data) > start + position:
+        raise _DamagedError(f"{len(data) - start - position:,} bytes after the last tensor")
+    return header.metadata, tensors
 
 
-def _tensor(data: bytes, begin: int, shape: tuple[int, ...], kind: int, name: str) -> tuple[torch.Tensor, int]:
+def _tensor(data: bytes, begin: int, entry: Entry, name: str) -> tuple[torch.Tensor, int]:
     """One tensor in fp32, and its size in the file."""
     import numpy as np
     import torch
-    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
     from gguf.quants import dequantize
 
-    try:
-        quantization = GGMLQuantizationType(kind)
-    except ValueError:
-        raise _DamagedError(f"the tensor {name!r} is of the unknown type {kind}") from None
-    block, block_bytes = GGML_QUANT_SIZES[quantization]
-    if shape[-1] % block:
-        raise _DamagedError(f"the tensor {name!r} of shape {shape} does not divide into blocks of {block}")
-    size = math.prod(shape) // block * block_bytes
+    kind, row_bytes = _stored_as(entry, name)
+    size = math.prod(entry.shape[:-1]) * row_bytes
     if begin + size > len(data):
-        raise _DamagedError(f"the tensor {name!r} of shape {shape} ends after the file")
-    raw = np.frombuffer(data, np.uint8, size, begin).reshape(*shape[:-1], shape[-1] // block * block_bytes)
+        raise _DamagedError(f"the tensor {name!r} of shape {entry.shape} ends after the file")
+    raw = np.frombuffer(data, np.uint8, size, begin).reshape(*entry.shape[:-1], row_bytes)
     try:
-        values = dequantize(raw, quantization)
+        values = dequantize(raw, kind)
     except NotImplementedError:
-        raise _DamagedError(f"the tensor {name!r} is of type {quantization.name}, which is no weight") from None
-    return torch.from_numpy(np.array(values, np.float32).reshape(shape)), size
+        raise _DamagedError(f"the tensor {name!r} is of type {kind.name}, which is no weight") from None
+    return torch.from_numpy(np.array(values, np.float32).reshape(entry.shape)), size
+
+
+def _stored_as(entry: Entry, name: str) -> tuple[Any, int]:
+    """gguf's own name of a tensor's type, and the bytes of a row."""
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+    try:
+        kind = GGMLQuantizationType(entry.kind)
+    except ValueError:
+        raise _DamagedError(f"the tensor {name!r} is of the unknown type {entry.kind}") from None
+    block, block_bytes = GGML_QUANT_SIZES[kind]
+    if entry.shape[-1] % block:
+        raise _DamagedError(f"the tensor {name!r} of shape {entry.shape} does not divide into blocks of {block}")
+    return kind, entry.shape[-1] // block * block_bytes
+
+
+@functools.lru_cache(maxsize=4)
+def _header_at(path: Path, size: int, changed: int) -> Header:
+    """The header of the file of that size and time, without its lists of texts: it is asked for several times."""
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        return read_header(data, path, lists=False)
+
+
+class MappedFile:
+    """A GGUF file whose tensors stay where they are: mapped into memory, read from disk when they are looked at.
+
+    Attributes:
+        path: of the file.
+        header: of it, without its lists of texts.
+        header_bytes: as they stand in the file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Map a file.
+
+        Raises:
+            FileError: it cannot be read, or is no sound GGUF file.
+        """
+        self.path = path
+        try:
+            with path.open("rb") as file:  # copied on writing: whatever happens here, the file stays as it is
+                self._data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        except (OSError, ValueError) as error:  # an empty file cannot be mapped
+            raise FileError(f"{path}: cannot be read: {error}") from error
+        self.header = _header_at(path, len(self._data), path.stat().st_mtime_ns)
+        self.header_bytes = self._data[: self.header.size]
+        self._raw: dict[str, tuple[str, int, int]] = {}  # name -> type, first byte, bytes of a row
+        for name, entry in self.header.entries.items():
+            try:
+                kind, row_bytes = _stored_as(entry, name)
+            except _DamagedError as error:
+                raise FileError(f"{path}: cut short or damaged: {error}") from None
+            begin = self.header.size + entry.offset
+            if begin + math.prod(entry.shape[:-1]) * row_bytes > len(self._data):
+                raise FileError(
+                    f"{path}: cut short or damaged: the tensor {name!r} of shape {entry.shape} ends after the file"
+                )
+            self._raw[name] = kind.name, begin, row_bytes
+
+    def kind(self, name: str) -> str:
+        """ggml's name for the type of a tensor: F32, Q4_K, ..."""
+        return self._raw[name][0]
+
+    def nbytes(self, name: str) -> int:
+        """Bytes of a tensor's data."""
+        return math.prod(self.header.entries[name].shape[:-1]) * self._raw[name][2]
+
+    def raw(self, name: str) -> torch.Tensor:
+        """A tensor's bytes, row by row: (*shape without the last dimension, bytes of a row) uint8, not copied."""
+        import torch
+
+        _, begin, row_bytes = self._raw[name]
+        shape = (*self.header.entries[name].shape[:-1], row_bytes)
+        if not math.prod(shape):
+            return torch.empty(shape, dtype=torch.uint8)
+        return torch.frombuffer(self._data, dtype=torch.uint8, count=math.prod(shape), offset=begin).view(shape)
+
+    def values(self, name: str) -> np.ndarray:
+        """A tensor's numbers in fp32, by gguf's own code.
+
+        Raises:
+            FileError: it is of a type that has none.
+        """
+        import numpy as np
+        from gguf import GGMLQuantizationType
+        from gguf.quants import dequantize
+
+        try:
+            values = dequantize(self.raw(name).numpy(), GGMLQuantizationType[self.kind(name)])
+        except NotImplementedError:
+            raise FileError(
+                f"{self.path}: the tensor {name!r} is of type {self.kind(name)}, which is no weight"
+            ) from None
+        return np.array(values, np.float32).reshape(self.header.entries[name].shape)
 
 
 class _DamagedError(Exception):
@@ -170,8 +315,9 @@ class _DamagedError(Exception):
 class _Cursor:
     """Reads a GGUF header from the front, never past its end."""
 
-    def __init__(self, data: bytes, position: int) -> None:
+    def __init__(self, data: bytes | mmap.mmap, position: int, *, lists: bool = True) -> None:
         self.data = data
+        self.lists = lists
         self.position = position
 
     def unpack(self, form: str) -> tuple[Any, ...]:
@@ -191,6 +337,14 @@ class _Cursor:
         except UnicodeDecodeError:
             raise _DamagedError(f"text that is not UTF-8 before byte {self.position}") from None
 
+    def _pass_strings(self, count: int) -> None:
+        position, data, length_at, end = self.position, self.data, struct.Struct("<Q").unpack_from, len(self.data) - 8
+        for _ in range(count):
+            if position > end:
+                raise _DamagedError(f"the header ends at byte {position}")
+            position += 8 + length_at(data, position)[0]
+        self.position = position  # past the end, what is read next says so
+
     def value(self, kind: int) -> Any:
         if kind == _STRING:
             return self.string()
@@ -198,8 +352,11 @@ class _Cursor:
             inner, count = self.unpack("IQ")
             if inner in _SCALARS and count <= len(self.data) - self.position:
                 return list(self.unpack(f"{count}{_SCALARS[inner]}"))
-            if inner == _STRING:
+            if inner == _STRING and self.lists:
                 return [self.string() for _ in range(count)]
+            if inner == _STRING:
+                self._pass_strings(count)
+                return []
             raise _DamagedError(f"an array of {count:,} values of type {inner} before byte {self.position}")
         if kind not in _SCALARS:
             raise _DamagedError(f"a value of the unknown type {kind} before byte {self.position}")

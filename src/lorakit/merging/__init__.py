@@ -15,6 +15,7 @@ from lorakit.adapter import folding
 from lorakit.adapter.attach import AttachedAdapters, attach
 from lorakit.adapter.folding import MINIMUM_SURVIVAL, FoldReport
 from lorakit.adapter.value import Adapter
+from lorakit.checkpoints.folder import NotStreamableError
 from lorakit.data.chat import ChatFormat
 from lorakit.data.sources import Row, read_rows
 from lorakit.errors import AdapterError, ConfigError, MergeError
@@ -36,6 +37,7 @@ class Merge:
     Attributes:
         output: folder of the merged model.
         base: what it was merged into, as `load_model` takes it.
+        held: how the base was held, as `models.storage_of` has it; its numbers are those of it.
         how: "streamed" tensor by tensor, or "in memory" with the reason.
         report: how much of the update survived rounding, per parameter.
         proof: the comparison with base + adapter; None if it was not asked for.
@@ -47,6 +49,7 @@ class Merge:
 
     output: Path
     base: str
+    held: str
     how: str
     report: FoldReport
     proof: Proof | None
@@ -60,6 +63,7 @@ class Merge:
         return {
             "lorakit": __version__,
             "base": self.base,
+            "base_held_in": self.held,
             "how": self.how,
             "dtypes": list(self.report.dtypes),
             "survived": self.report.survived,
@@ -95,15 +99,16 @@ def merge(
     """Fold adapters into a base model on disk, verify the result, and put it in place with its tokenizer.
 
     The base's shards are read and written tensor by tensor (a base whose files transformers converts while it loads is
-    merged in memory instead). Arithmetic is fp32, rounded once. Nothing stands at `output` before all checks are
-    passed.
+    merged in memory instead). Of a base that was held quantised (a GGUF file's blocks, int8, NF4) the numbers are
+    taken that the adapter was trained on, and a dense model is written: exactly what was trained. Arithmetic is fp32,
+    rounded once. Nothing stands at `output` before all checks are passed.
 
     Args:
         adapters: folders, files or values; several are added up.
         output: folder of the merged model; must not exist yet, or be empty.
         model: what `load_model` takes; None: the base that the adapters name.
         weights: one an adapter; None: 1 each.
-        dtype: of storage: auto (as in the base's files), fp32, bf16, fp16.
+        dtype: of storage: auto (as in the base's files; bf16 where the base is quantised), fp32, bf16, fp16.
         rounding: nearest, or stochastic, which keeps small updates in the mean.
         seed: determines the draws of stochastic rounding.
         minimum_survival: share of the update that must survive rounding.
@@ -144,19 +149,22 @@ def merge(
     paths = [adapter for adapter in adapters if not isinstance(adapter, Adapter)]
     spec = model if model is not None else models.common_base(paths)
     values = [a if isinstance(a, Adapter) else models.read_adapter(a, spec) for a in adapters]
-    what = _What(spec, values, factors)
+    held = models.storage_of(spec, models.agreed_storage(values, spec))
+    what = _What(spec, values, factors, held)
     check = _Check(None if data is None else _rows(data, limit), metrics, max_new_tokens, max_kl, device)
 
     stage("reading the base")
     skeleton = models.load_skeleton(spec)
     handle = what.attached_to(skeleton)
     draws = seed if rounding == "stochastic" else None
+    if dtype == "auto" and held != "none":
+        dtype = "bf16"
     storage = None if dtype == "auto" else machine.resolve_dtype(dtype, machine.resolve_device("cpu"))
     try:
-        checkpoint = stream.find_checkpoint(models.local_folder(spec), skeleton)
+        checkpoint = models.checkpoint_of(spec, skeleton, held)
         named = {f"adapter {i}": value.base for i, value in enumerate(values, 1)}
         stream.check_base(named, stream.base_info(checkpoint, skeleton))
-    except stream.NotStreamableError as error:
+    except NotStreamableError as error:
         checkpoint, reason = None, str(error)
     tokenizer = _tokenizer(spec, paths, skeleton, needed=verify)
 
@@ -187,6 +195,7 @@ def merge(
         result = Merge(
             output=output,
             base=spec,
+            held=held,
             how=how,
             report=report,
             proof=found,
@@ -217,6 +226,8 @@ class _What:
     base: str
     adapters: Sequence[Adapter]
     weights: Sequence[float]
+    storage: str
+    """How the base is held when it is loaded."""
 
     def attached_to(self, model: Any) -> AttachedAdapters:
         """`model` with all of them, active."""
@@ -274,7 +285,12 @@ def _tokenizer(spec: str, paths: Sequence[str | Path], skeleton: Any, *, needed:
 
 
 def _merge_in_memory(what: _What, dtype: str, draws: int | None, target: Path) -> FoldReport:
-    loaded = models.load_weights(what.base, "fp32" if dtype == "auto" else dtype, "cpu")
+    if what.storage != "none":
+        raise MergeError(
+            f"{what.base}: held in {what.storage} it can be merged only tensor by tensor, and its files cannot be read "
+            "so; keep the adapter unmerged"
+        )
+    loaded = models.load_weights(what.base, "fp32" if dtype == "auto" else dtype, "cpu", what.storage)
     handle = what.attached_to(loaded)
     report = handle.merge_report(seed=draws)  # whoever called judges it; `handle.merge` would compute it once more
     folding.fold_in(loaded, handle.adapted_modules(), handle.active_selection(), draws)
@@ -310,7 +326,7 @@ def _verify(
             f"verifying loads the model, about {needed / 1e9:.1f} GB, and {available / 1e9:.1f} GB are free. Free some,"
             " or merge without verifying (verify=False, --no-verify) and run lorakit eval on a larger machine"
         )
-    adapted = models.load_weights(what.base, dtype, check.device)
+    adapted = models.load_weights(what.base, dtype, check.device, what.storage)
     handle = what.attached_to(adapted)
     stop = models.stop_ids(adapted, tokenizer)
     chat_format = ChatFormat(tokenizer, stop, max_length=512)

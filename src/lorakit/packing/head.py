@@ -14,17 +14,21 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from lorakit.quant.tensor import QuantizedTensor
+
 
 def frozen_linear_head(model: nn.Module) -> nn.Linear | None:
     """The output head, if it is a plain linear layer that is not trained and that nothing watches or wraps; else None.
 
-    An adapted layer has another class, and so has one whose weight is quantised; a weight that is divided among devices
-    has another class than a parameter of one.
+    An adapted layer has another class, and so has one that other libraries quantise; a weight that is divided among
+    devices has another class than a parameter of one.
     """
     if not isinstance(model, PreTrainedModel):
         return None
     head: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
-    if type(head) is not nn.Linear or type(head.weight) is not nn.Parameter or "forward" in vars(head):
+    if type(head) is not nn.Linear or "forward" in vars(head):
+        return None
+    if type(head.weight) not in (nn.Parameter, QuantizedTensor):
         return None
     hooks = (head._forward_hooks, head._forward_pre_hooks, head._backward_hooks, head._backward_pre_hooks)
     compiled = model._compiled_call_impl is not None or head._compiled_call_impl is not None

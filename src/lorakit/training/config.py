@@ -18,9 +18,10 @@ _ADVICE = {
     for names, instead in {
         "bf16": "set dtype to bf16, or leave it at auto",
         "fp16": "set dtype to fp16, or leave it at auto",
-        "load_in_4bit load_in_8bit quantization_config bnb_4bit_quant_type bnb_4bit_compute_dtype": (
-            "training on a quantised base is not in this version; dtype bf16 takes half the memory of fp32"
-        ),
+        "load_in_4bit bnb_4bit_quant_type": "set quantize to nf4",
+        "load_in_8bit": "set quantize to int8",
+        "quantization_config": "set quantize to int8 or nf4; a .gguf file keeps its blocks by itself",
+        "bnb_4bit_compute_dtype": "set dtype: a quantised base is computed with in it",
         "optim optimizer": "the optimiser is AdamW, set by weight_decay, adam_beta1, adam_beta2 and adam_epsilon",
         "warmup_steps": "set warmup, a share of all steps (0.03)",
         "eval_strategy evaluation_strategy": "set eval_steps, or leave it out",
@@ -194,6 +195,11 @@ class TrainConfig(Config):
     always.
     """
 
+    quantize: Literal["auto", "none", "blocks", "int8", "nf4"] = "auto"
+    """How the base is held. blocks: a GGUF file's own blocks, never dense as a whole; int8, nf4: linear layers are
+    quantised while they are read; none: in `dtype`. auto: blocks of a .gguf file, else none.
+    """
+
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps."""
 
@@ -273,6 +279,10 @@ class TrainConfig(Config):
             found.append("loraplus_lr_ratio: method full has no B to train faster than A; leave it out")
         if self.method == "full" and self.frozen_products != "exact":
             found.append(f"frozen_products: with method full no weight is frozen (got {self.frozen_products})")
+        if self.method == "full" and self.quantize not in ("auto", "none"):
+            found.append(
+                f"quantize: full fine-tuning trains the weights, which {self.quantize} cannot hold; leave it out"
+            )
         if self.method == "full" and self.dtype not in ("auto", "fp32"):
             found.append(f"dtype: full fine-tuning moves weights by less than {self.dtype} can hold; fp32 or auto")
         if self.resume and self.output is None:

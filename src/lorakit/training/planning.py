@@ -21,7 +21,7 @@ from lorakit.adapter.attach import attach
 from lorakit.data.batches import Batch, collate, plan_evaluation
 from lorakit.data.chat import Example
 from lorakit.errors import ModelError
-from lorakit.models import load_skeleton
+from lorakit.models import load_skeleton, weights_size
 from lorakit.packing import has_dropout
 from lorakit.training.config import TrainConfig
 from lorakit.training.loop import Plan, accumulate, ready
@@ -132,7 +132,7 @@ class Planner:
     """A skeleton of the model with the adapter attached, on which settings are tried.
 
     Args:
-        config: with `dtype` and `device` resolved.
+        config: with `dtype`, `quantize` and `device` resolved.
         train: training rows.
         valid: validation rows; may be none.
 
@@ -147,7 +147,7 @@ class Planner:
         self.config, self.train, self.valid = config, train, valid
         self.model = load_skeleton(config.model).to(machine.DTYPES[config.dtype])
         self.parameters = sum(p.numel() for p in self.model.parameters())
-        self.weights = sum(t.numel() * t.element_size() for t in (*self.model.parameters(), *self.model.buffers()))
+        self.weights = weights_size(self.model, config.model, config.quantize, machine.DTYPES[config.dtype])
         full = config.method == "full"
         handle = None if full else attach(self.model, config.lora, check_base=False)
         self.model.to("meta")

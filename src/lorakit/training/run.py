@@ -39,7 +39,7 @@ from lorakit.files import (
     write_text,
 )
 from lorakit.generation import generate
-from lorakit.models import load_model, load_tokenizer, resolve, stop_ids
+from lorakit.models import load_model, load_tokenizer, resolve, stop_ids, storage_of
 from lorakit.packing import packed_logits
 from lorakit.report import size, write_report
 from lorakit.training.checkpoint import Checkpoint, load_newest
@@ -164,7 +164,7 @@ def _train(config: TrainConfig, folder: Path, on_event: OnEvent) -> Run:
 
     on_event(Phase("loading the model"))
     machine.keep_freed_memory()
-    model, _ = load_model(config.model, config.dtype, config.device)
+    model, _ = load_model(config.model, config.dtype, config.device, config.quantize)
     if config.learning_rate is None:
         width = model.get_input_embeddings().weight.shape[1]
         config = config.replace(learning_rate=default_learning_rate(width, full=config.method == "full"))
@@ -340,6 +340,7 @@ def resolved(config: TrainConfig, device: torch.device, plan: Plan, valid_tokens
     dtype = machine.resolve_dtype("fp32" if full and config.dtype == "auto" else config.dtype, device)
     checkpoints = FULL_CHECKPOINTS if full else CHECKPOINTS
     return config.replace(
+        quantize="none" if full else storage_of(config.model, config.quantize),
         device=str(device),
         dtype=next(name for name, known in machine.DTYPES.items() if known == dtype),
         eval_steps=config.eval_steps
@@ -387,7 +388,7 @@ def _as_begun(config: TrainConfig, folder: Path) -> TrainConfig:
             "For other settings choose another output folder."
         )
     begun = TrainConfig.from_yaml(folder / "run.yaml")
-    chosen = ("dtype", "device", "gradient_checkpointing")
+    chosen = ("dtype", "quantize", "device", "gradient_checkpointing")
     left_open = {name: getattr(begun, name) for name in chosen if getattr(config, name) == "auto"}
     numbers = ("eval_steps", "save_steps", "learning_rate")
     left_open |= {name: getattr(begun, name) for name in numbers if getattr(config, name) is None}

@@ -6,6 +6,8 @@ import hashlib
 
 import torch
 
+from lorakit.quant.tensor import stored_tensors
+
 _CHUNK = 1 << 20  # elements; bounds the int64 copies
 _VIEWS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes per element
 
@@ -21,13 +23,12 @@ def weights_checksum(model: torch.nn.Module) -> str:
     factors = torch.randint(-(2**62), 2**62, (_CHUNK,), generator=torch.Generator().manual_seed(0)) | 1
     by_device: dict[torch.device, torch.Tensor] = {}
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        if "lorakit_updates." in name:
-            continue
+    own = {name: tensor for name, tensor in model.state_dict().items() if "lorakit_updates." not in name}
+    for name, tensor in (stored for each in sorted(own.items()) for stored in stored_tensors(*each)):
         own_factors = by_device.setdefault(tensor.device, factors.to(tensor.device))
         flat = tensor.detach().contiguous().view(-1).view(_VIEWS[tensor.element_size()])
         total = torch.zeros((), dtype=torch.int64, device=tensor.device)
-        for chunk in flat.split(_CHUNK):
+        for chunk in torch.split(flat, _CHUNK):
             total = total * 31 + (chunk.long() * own_factors[: len(chunk)]).sum()
         digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|{int(total)}\n".encode())
     return digest.hexdigest()

@@ -1,0 +1,230 @@
+"""The block formats of GGUF files (llama.cpp's ggml-quants): bytes of rows -> fp32, for whole tensors at once.
+
+Every block of consecutive columns has its own scale. What comes out is what gguf-py's numpy code gives, bit for bit:
+scales are fp16 and quants are small integers, so that of the products and sums only the last one rounds. Packed fields
+are taken apart eight bytes at a time, as int64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from lorakit.errors import AdapterError
+from lorakit.quant.formats import Parts
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """One of GGUF's formats; a matrix is one part, (rows, bytes of a row) uint8.
+
+    Attributes:
+        name: ggml's name for it.
+        elements: columns in a block.
+        bytes: of a block.
+        unpack: (n, bytes) uint8 -> (n, elements) fp32.
+        pack: the other way, to the nearest of what the format can hold; None: lorakit does not write the format.
+    """
+
+    name: str
+    elements: int
+    bytes: int
+    unpack: Callable[[torch.Tensor], torch.Tensor]
+    pack: Callable[[torch.Tensor], torch.Tensor] | None = None
+
+    def dense(self, parts: Parts, columns: int) -> torch.Tensor:
+        """As `Format.dense`."""
+        (packed,) = parts
+        assert packed.shape[1] * self.elements == columns * self.bytes, "rows are whole blocks"
+        return self.unpack(packed.reshape(-1, self.bytes)).view(len(packed), columns)
+
+    def quantise(self, matrix: torch.Tensor) -> Parts:
+        """As `Format.quantise`, for rows of whole blocks; gguf-py's choice of scales and quants.
+
+        Raises:
+            AdapterError: a format that lorakit does not write.
+        """
+        if self.pack is None:
+            raise AdapterError(f"{self.name}: lorakit reads this format and does not write it")
+        return (self.pack(matrix.detach().float().reshape(-1, self.elements)).view(len(matrix), -1),)
+
+
+def _halves(field: torch.Tensor) -> torch.Tensor:
+    """(n, 2 k) bytes -> (n, k) fp32 from fp16."""
+    return field.view(torch.float16).float()
+
+
+def _fields(packed: torch.Tensor, bits: int, width: int) -> torch.Tensor:
+    """Small fields of bytes, the low ones first: (n, groups * width) -> (n, groups, 8 / bits, width) uint8.
+
+    Args:
+        packed: uint8.
+        bits: of a field: 4, 2 or 1.
+        width: bytes after which the next group begins; a multiple of 8.
+    """
+    mask = int.from_bytes(bytes([2**bits - 1] * 8), "little")
+    words = packed.contiguous().view(torch.int64).view(len(packed), -1, width // 8)  # (n, groups, width / 8)
+    fields = [(words >> shift if shift else words) & mask for shift in range(0, 8, bits)]
+    return torch.stack(fields, 2).view(torch.uint8)
+
+
+def _top_bits(packed: torch.Tensor) -> torch.Tensor:
+    """Bits in the order of a little-endian word: (n, 4) -> (n, 32) uint8."""
+    places = torch.arange(8, dtype=torch.uint8, device=packed.device)
+    return ((packed.unsqueeze(2) >> places) & 1).flatten(1)
+
+
+def _bytes_of(scales: torch.Tensor) -> torch.Tensor:
+    """Undo `_halves`."""
+    return scales.half().view(torch.uint8)
+
+
+def _nibbles(q: torch.Tensor) -> torch.Tensor:
+    """Undo `_fields` of four bits: (n, 32) whole numbers below 16, the first 16 of them in the low halves."""
+    return q[:, :16] | (q[:, 16:] << 4)
+
+
+def _word(bits: torch.Tensor) -> torch.Tensor:
+    """Undo `_top_bits`."""
+    places = torch.arange(8, dtype=torch.uint8, device=bits.device)
+    return (bits.view(-1, 4, 8) << places).sum(2, dtype=torch.uint8)
+
+
+def _inverse(d: torch.Tensor) -> torch.Tensor:
+    return torch.where(d == 0, 0, 1 / d)
+
+
+def _symmetric(x: torch.Tensor, half: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(scale, quants from 0 to 2 half - 1): the largest number becomes quant 0, which stands for -half."""
+    largest = x.gather(1, x.abs().argmax(1, keepdim=True))
+    d = largest / -half
+    return d, (x * _inverse(d) + (half + 0.5)).to(torch.uint8).clamp_(max=2 * half - 1)
+
+
+def _between(x: torch.Tensor, most: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(scale, least number, quants from 0 to most)."""
+    least = x.amin(1, keepdim=True)
+    d = (x.amax(1, keepdim=True) - least) / most
+    return d, least, ((x - least) * _inverse(d) + 0.5).to(torch.uint8).clamp_(max=most)
+
+
+def _to_q4_0(x: torch.Tensor) -> torch.Tensor:
+    d, q = _symmetric(x, 8)
+    return torch.cat((_bytes_of(d), _nibbles(q)), 1)
+
+
+def _to_q4_1(x: torch.Tensor) -> torch.Tensor:
+    d, least, q = _between(x, 15)
+    return torch.cat((_bytes_of(d), _bytes_of(least), _nibbles(q)), 1)
+
+
+def _to_q5_0(x: torch.Tensor) -> torch.Tensor:
+    d, q = _symmetric(x, 16)
+    return torch.cat((_bytes_of(d), _word(q >> 4), _nibbles(q & 15)), 1)
+
+
+def _to_q5_1(x: torch.Tensor) -> torch.Tensor:
+    d, least, q = _between(x, 31)
+    return torch.cat((_bytes_of(d), _bytes_of(least), _word(q >> 4), _nibbles(q & 15)), 1)
+
+
+def _to_q8_0(x: torch.Tensor) -> torch.Tensor:
+    d = x.abs().amax(1, keepdim=True) / 127
+    scaled = x * _inverse(d)
+    size = scaled.abs()
+    whole = size.floor()
+    q = scaled.sign() * (whole + (2 * (size - whole)).floor())  # halves away from zero
+    return torch.cat((_bytes_of(d), q.to(torch.int8).view(torch.uint8)), 1)
+
+
+def _q4_0(b: torch.Tensor) -> torch.Tensor:
+    q = _fields(b[:, 2:], 4, 16).flatten(1).float()
+    return q.sub_(8).mul_(_halves(b[:, :2]))
+
+
+def _q4_1(b: torch.Tensor) -> torch.Tensor:
+    scales = _halves(b[:, :4])
+    q = _fields(b[:, 4:], 4, 16).flatten(1).float()
+    return q.mul_(scales[:, :1]).add_(scales[:, 1:])
+
+
+def _q5_0(b: torch.Tensor) -> torch.Tensor:
+    q = _fields(b[:, 6:], 4, 16).flatten(1) | (_top_bits(b[:, 2:6]) << 4)
+    return q.float().sub_(16).mul_(_halves(b[:, :2]))
+
+
+def _q5_1(b: torch.Tensor) -> torch.Tensor:
+    scales = _halves(b[:, :4])
+    q = _fields(b[:, 8:], 4, 16).flatten(1) | (_top_bits(b[:, 4:8]) << 4)
+    return q.float().mul_(scales[:, :1]).add_(scales[:, 1:])
+
+
+def _q8_0(b: torch.Tensor) -> torch.Tensor:
+    return b[:, 2:].view(torch.int8).float().mul_(_halves(b[:, :2]))
+
+
+def _q2_k(b: torch.Tensor) -> torch.Tensor:
+    scales, ends = b[:, :16], _halves(b[:, 80:84])
+    d = (ends[:, :1] * (scales & 15).float()).unsqueeze(2)  # (n, 16, 1)
+    least = (ends[:, 1:] * (scales >> 4).float()).unsqueeze(2)
+    q = _fields(b[:, 16:80], 2, 32).reshape(-1, 16, 16).float()
+    return q.mul_(d).sub_(least).flatten(1)
+
+
+def _q3_k(b: torch.Tensor) -> torch.Tensor:
+    low, high = b[:, 96:104], b[:, 104:108]  # of the 16 scales: 4 bits each, then 2 bits each
+    low = torch.cat((low & 15, low >> 4), 1)
+    high = torch.cat([(high >> shift) & 3 for shift in (0, 2, 4, 6)], 1)
+    scales = (low | (high << 4)).float().sub_(32)
+    d = (_halves(b[:, 108:110]) * scales).unsqueeze(2)  # (n, 16, 1)
+    q = _fields(b[:, 32:96], 2, 32).reshape(-1, 16, 16)
+    top = _fields(b[:, :32], 1, 32).reshape(-1, 16, 16)
+    return (q | (top << 2)).float().sub_(4).mul_(d).flatten(1)  # a set bit means "no 4 taken off"
+
+
+def _scales_and_least(packed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Eight scales and eight minima of 6 bits each: (n, 12) bytes -> two of (n, 8) fp32."""
+    d, m, rest = packed[:, :4], packed[:, 4:8], packed[:, 8:]
+    scales = torch.cat((d & 63, (rest & 15) | ((d >> 2) & 48)), 1)
+    least = torch.cat((m & 63, (rest >> 4) | ((m >> 2) & 48)), 1)
+    return scales.float(), least.float()
+
+
+def _q4_k(b: torch.Tensor) -> torch.Tensor:
+    ends = _halves(b[:, :4])
+    scales, least = _scales_and_least(b[:, 4:16])
+    q = _fields(b[:, 16:], 4, 32).flatten(1, 2).float()  # (n, 8, 32)
+    return q.mul_((ends[:, :1] * scales).unsqueeze(2)).sub_((ends[:, 1:] * least).unsqueeze(2)).flatten(1)
+
+
+def _q5_k(b: torch.Tensor) -> torch.Tensor:
+    ends = _halves(b[:, :4])
+    scales, least = _scales_and_least(b[:, 4:16])
+    q = _fields(b[:, 48:], 4, 32).flatten(1, 2) | (_fields(b[:, 16:48], 1, 32).flatten(1, 2) << 4)
+    return q.float().mul_((ends[:, :1] * scales).unsqueeze(2)).sub_((ends[:, 1:] * least).unsqueeze(2)).flatten(1)
+
+
+def _q6_k(b: torch.Tensor) -> torch.Tensor:
+    d = (_halves(b[:, 208:]) * b[:, 192:208].view(torch.int8).float()).unsqueeze(2)  # (n, 16, 1)
+    q = _fields(b[:, :128], 4, 64).reshape(-1, 8, 32) | (_fields(b[:, 128:192], 2, 32).flatten(1, 2) << 4)
+    return q.reshape(-1, 16, 16).float().sub_(32).mul_(d).flatten(1)
+
+
+BLOCKS: dict[str, Blocks] = {
+    each.name: each
+    for each in (
+        Blocks("Q4_0", 32, 18, _q4_0, _to_q4_0),
+        Blocks("Q4_1", 32, 20, _q4_1, _to_q4_1),
+        Blocks("Q5_0", 32, 22, _q5_0, _to_q5_0),
+        Blocks("Q5_1", 32, 24, _q5_1, _to_q5_1),
+        Blocks("Q8_0", 32, 34, _q8_0, _to_q8_0),
+        Blocks("Q2_K", 256, 84, _q2_k),
+        Blocks("Q3_K", 256, 110, _q3_k),
+        Blocks("Q4_K", 256, 144, _q4_k),
+        Blocks("Q5_K", 256, 176, _q5_k),
+        Blocks("Q6_K", 256, 210, _q6_k),
+    )
+}
+"""ggml's name -> format."""

@@ -1,0 +1,39 @@
+"""What a way of storing a matrix in few bits is, and which there are. Knows no tensors but plain ones."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+
+Parts = tuple[torch.Tensor, ...]
+"""What a stored matrix consists of: each part has the matrix's rows for its first dimension."""
+
+
+class Format(Protocol):
+    """A way of storing a matrix, row by row: rows can be taken out, put in another order and joined as they are."""
+
+    @property
+    def name(self) -> str:
+        """As users and files call it."""
+        ...
+
+    def dense(self, parts: Parts, columns: int) -> torch.Tensor:
+        """The numbers of some rows.
+
+        Args:
+            parts: of those rows.
+            columns: of the matrix.
+
+        Returns:
+            (rows, columns), fp32.
+        """
+        ...
+
+    def quantise(self, matrix: torch.Tensor) -> Parts:
+        """A (rows, columns) matrix of any floating dtype, stored.
+
+        Raises:
+            AdapterError: a format that is only read.
+        """
+        ...

@@ -1,0 +1,28 @@
+"""Eight bits a weight: every row of a matrix as integers up to 127 times one fp32 scale."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from lorakit.quant.formats import Parts
+
+
+@dataclass(frozen=True)
+class Int8:
+    """The format. Parts: codes (rows, columns) int8, scales (rows, 1) fp32."""
+
+    name: str = "int8"
+
+    def quantise(self, matrix: torch.Tensor) -> Parts:
+        """As `Format.quantise`, to the nearest."""
+        wide = matrix.detach().float()
+        scale = wide.abs().amax(1, keepdim=True) / 127
+        codes = torch.where(scale > 0, wide / scale, 0).round_().to(torch.int8)
+        return codes, scale
+
+    def dense(self, parts: Parts, columns: int) -> torch.Tensor:
+        """As `Format.dense`."""
+        codes, scale = parts
+        return codes.float().mul_(scale)

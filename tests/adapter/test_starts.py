@@ -395,7 +395,6 @@ def test_unknown_names_propose_the_nearest(init, message):
 
 def test_pefts_spellings():
     assert LoRAConfig.from_dict({"init_lora_weights": True}).init == "default"
-    assert LoRAConfig.from_dict({"init_lora_weights": False}).init == "random"
     assert LoRAConfig.from_dict({"init_lora_weights": "OLoRA"}).init == "olora"
     assert LoRAConfig.from_dict({"peft_init_lora_weights": "pissa_niter_4"}).from_start
     with pytest.raises(ConfigError, match="set init to pissa"):

@@ -385,7 +385,7 @@ def test_copies_pickles_and_state_dicts_are_whole():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"init_lora_weights": "pissa", "layer_replication": [(0, 1)]}, "(?s)layer_replication.*pissa"),
+        ({"init_lora_weights": "corda", "layer_replication": [(0, 1)]}, "(?s)layer_replication.*corda"),
         ({"init_lora_weights": "pissa", "lora_bias": True}, "lora_bias=True is only supported with .*pissa"),
         ({"use_dora": True, "lora_bias": True}, "lora_bias=True is not supported for DoRA"),
         ({"r": 0}, "positive"),

@@ -22,9 +22,8 @@ FROM_DATA = frozenset({"eva", "lora_ga"})
 _NITER = re.compile(r"pissa_niter_\d+")
 
 # as PEFT writes them
-_AS_PEFT_SPELLS = {True: "default", False: "random"}
 _INIT = pydantic.BeforeValidator(
-    lambda value: _AS_PEFT_SPELLS.get(value, value) if isinstance(value, bool) else str(value).casefold()
+    lambda value: "default" if value is True else value.casefold() if isinstance(value, str) else value
 )
 _NONE_IS_EMPTY = pydantic.BeforeValidator(lambda value: () if value is None else value)
 

@@ -23,6 +23,8 @@ RESULT = {
     "parameters": 134515008,
     "trained_parameters": 4884480,
     "adapter_bytes": 19560000,
+    "model_bytes": None,
+    "peak_memory": 2_900_000_000,
     "seconds": 367.2,
     "tokens": 198000,
     "device": "cpu",

@@ -38,7 +38,7 @@ def test_verb_unlike_any_other_lists_them_all():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["trian", "--json"], "No such verb: 'trian'. Did you mean train?"),
+        (["trian", "--json"], "No such verb: 'trian'. Did you mean train or extract?"),
         (["--bogus", "train", "--json"], "No such option '--bogus'"),
         (["--json"], "No such option '--json'"),
         (["train", "--bogus", "--json"], "No such option '--bogus'"),

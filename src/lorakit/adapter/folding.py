@@ -351,12 +351,13 @@ def require_dense(modules: Mapping[str, AdaptedModule], selection: Selection) ->
     Raises:
         AdapterError: one would be changed; says how much of the update would survive it, where that can be told.
     """
-    quantised = {
-        name: stored
-        for path, module in modules.items()
-        for name in changed_parameters(path, module, selection)
-        if (stored := format_of(module.get_parameter(name[len(path) + 1 :] if path else name))) is not None
-    }
+    quantised = {}
+    for path, module in modules.items():
+        for name in changed_parameters(path, module, selection):
+            inner, _, own_name = name[len(path) + 1 if path else 0 :].rpartition(".")
+            parameter = module.get_submodule(inner)._parameters.get(own_name)  # None: `require_biases` says so
+            if parameter is not None and (stored := format_of(parameter)) is not None:
+                quantised[name] = stored
     if not quantised:
         return
     try:

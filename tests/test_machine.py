@@ -1,5 +1,6 @@
 """What this machine can do is found out, and asked for by name."""
 
+import os
 import platform
 import resource
 import subprocess
@@ -76,3 +77,11 @@ def test_freed_memory_is_kept_for_the_next_step():
     assert resource.getpagesize() <= 65536
     assert faults("keep") == 0
     assert faults("give back") > 20
+
+
+def test_few_kernels_are_kept_unless_the_user_has_said_how_many(monkeypatch):
+    monkeypatch.delenv("LRU_CACHE_CAPACITY", raising=False)
+    monkeypatch.setenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "7")
+    machine.keep_few_kernels()
+    assert os.environ["LRU_CACHE_CAPACITY"] == str(machine.MOST_KERNELS)
+    assert os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == "7"

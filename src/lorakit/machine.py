@@ -16,6 +16,7 @@ from lorakit.config import dtype_name
 from lorakit.errors import ConfigError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+MOST_KERNELS = 256  # kept by oneDNN; its own bound is 1,024
 
 
 def resolve_device(name: str = "auto") -> torch.device:
@@ -69,6 +70,7 @@ def training_dtype(device: torch.device) -> torch.dtype:
         except (RuntimeError, TypeError):
             return torch.float32
         return torch.bfloat16
+    keep_few_kernels()
     return torch.bfloat16 if _matmul_speedup(torch.bfloat16) > 1.3 else torch.float32
 
 
@@ -136,6 +138,17 @@ def available_memory() -> int | None:
     except (OSError, ValueError, IndexError):
         pass
     return None
+
+
+def keep_few_kernels() -> None:
+    """Have oneDNN, and torch in front of it, keep few of the kernels they make for each shape of a product in bf16.
+    Process-wide; heeded where no such product has run yet.
+
+    Each step has another number of tokens and so brings dozens of new shapes, of 0.65 MB each; of those of steps before
+    none is met again. What the user has set in the environment stays.
+    """
+    for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+        os.environ.setdefault(name, str(MOST_KERNELS))
 
 
 @functools.cache

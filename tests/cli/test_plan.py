@@ -24,7 +24,10 @@ def plan(*arguments):
 def test_says_memory_time_and_whether_it_fits(files):
     result = plan(*files, "--dtype", "fp32", "--memory", "16GB", "--steps-timed", "1", "--json")
     assert result.exit_code == 0, result.stderr
-    assert [line.split()[0] for line in result.stderr.splitlines()] == ["model", "steps", "memory", "time", "limit"]
+    assert [line.split()[0] for line in result.stderr.splitlines()] == [
+        *("model", "steps", "memory", "time", "limit"),
+        *("fits", "fits"),  # with and without checkpointing
+    ]
     assert "16 GB: fits" in result.stderr
     found = json.loads(result.stdout)
     assert found["fits"]
@@ -35,15 +38,27 @@ def test_says_memory_time_and_whether_it_fits(files):
     assert found["tokens_per_second"] > 0
 
 
-def test_proposes_what_fits_and_says_when_nothing_does(files):
+def test_proposes_what_fits_and_says_what_else_would(files, monkeypatch):
+    monkeypatch.setattr(machine, "resident_memory", lambda: 0)
     rows = ["--length", "512", "--max-length", "512", "--dtype", "fp32", *files[3:]]
     asked = json.loads(plan(*rows, "--json").stdout)
     peaks = {each["gradient_checkpointing"]: each["peak"] for each in asked["fitting"]}
-    between = (peaks[True] + peaks[False]) // 2
-    result = plan(*rows, "--memory", str(between))
-    assert "does not fit" in result.stderr
-    assert "--micro-batch-tokens" in result.stderr
-    assert "nothing that leaves the result as it is fits" in plan(*rows, "--memory", "1MB").stderr
+    between = str((peaks[True] + peaks[False]) // 2)
+    result = plan(*rows, "--memory", between)
+    assert "fits as chosen here; as asked it takes" in result.stderr
+    assert "8 rows x 2 a step: --micro-batch-tokens 4096 --gradient-checkpointing on" in result.stderr
+    refused = plan(*rows, "--memory", between, "--gradient-checkpointing", "off")
+    assert ": does not fit" in refused.stderr
+    assert "--micro-batch-tokens 2048 --gradient-checkpointing off" in refused.stderr
+    least = json.loads(plan(*rows, "--micro-batch-tokens", "512", "--gradient-checkpointing", "on", "--json").stdout)
+    tight = plan(*rows, "--memory", str(int(0.9 * least["memory"]["peak"])), "--json")
+    found = json.loads(tight.stdout)
+    assert not found["fits"]
+    assert "nothing that leaves the result as it is fits" in tight.stderr
+    assert [each["flag"] for each in found["suggestions"]] == ["max_length"]
+    assert all(each["setting"]["peak"] <= found["limit"] for each in found["suggestions"])
+    assert "another result, 16 rows are cut" in tight.stderr
+    assert "nor with shorter rows or bf16" in plan(*rows, "--memory", "1kB").stderr
 
 
 @pytest.mark.parametrize(

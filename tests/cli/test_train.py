@@ -50,6 +50,18 @@ def test_prints_few_lines_and_one_object(arguments, tmp_path):
     assert (settings["batch_size"], settings["learning_rate"], settings["lora"]["r"]) == (6, 5e-3, 4)
 
 
+def test_auto_makes_steps_of_the_default_size(arguments, tmp_path):
+    auto = [*arguments, "--per-device-train-batch-size", "auto", "--max-steps", "2", "--micro-batch-tokens", "300"]
+    result = CliRunner().invoke(main, [*auto, "--samples", "0", "--output", str(tmp_path / "run")])
+    assert result.exit_code == 0, result.stderr
+    assert "rows at once, 16 a step" in result.stderr
+    settings = read_yaml(tmp_path / "run" / "run.yaml")
+    assert (settings["batch_size"], settings["micro_batch_tokens"]) == (16, 300)
+    tokens = [row["tokens"] for row in metrics(tmp_path / "run") if "tokens" in row]
+    assert len(tokens) == 2
+    assert min(tokens) > 300
+
+
 def test_a_used_folder_is_told_in_one_line(arguments, tmp_path):
     (tmp_path / "best").mkdir()
     result = CliRunner().invoke(main, [*arguments, "--output", str(tmp_path)])

@@ -1,10 +1,29 @@
 """What a plan says is what a run takes: traced without numbers, held against the same run with them."""
 
+import contextlib
+
 import pytest
 import torch
-from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTJConfig,
+    GPTJForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
-from lorakit import LoRAConfig, attach
+from lorakit import LoRAConfig, TrainConfig, attach
 from lorakit.core import cross_entropy
 from lorakit.data.batches import collate
 from lorakit.data.chat import Example
@@ -12,13 +31,24 @@ from lorakit.data.sources import Origin
 from lorakit.fusion import fused
 from lorakit.packing import packed_attention
 from lorakit.training.objectives import Predictions
-from lorakit.training.planning import checkpoint_activations
-from lorakit.training.trace import _Allocations, trace_evaluation, trace_step
-from tiny_models import SMALL
+from lorakit.training.planning import Planner, checkpoint_activations
+from lorakit.training.trace import AsOnDevices, _Allocations, trace_evaluation, trace_step
+from tiny_models import SMALL, tiny_llama
 
+FIVE = {**SMALL, "num_hidden_layers": 5}  # of which a trace runs three
+GPT = {"n_layer": 3, "n_embd": 32, "n_head": 4, "n_positions": 512, "vocab_size": 97}
+IDS = {"bos_token_id": 1, "eos_token_id": 2}
 MODELS = {
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**SMALL)),
-    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SMALL)),
+    "llama of 5": lambda: LlamaForCausalLM(LlamaConfig(**FIVE)),
+    "qwen3 of 5": lambda: Qwen3ForCausalLM(Qwen3Config(**FIVE)),
+    "mistral, sliding window": lambda: MistralForCausalLM(MistralConfig(**FIVE, sliding_window=16)),
+    "gpt2, dropout": lambda: GPT2LMHeadModel(GPT2Config(**GPT, **IDS)),
+}
+ROW_BY_ROW = {
+    "gptj": lambda: GPTJForCausalLM(GPTJConfig(**GPT, **IDS, rotary_dim=4)),
+    "bloom": lambda: BloomForCausalLM(BloomConfig(n_layer=3, hidden_size=32, n_head=4, vocab_size=97)),
+    "mamba": lambda: MambaForCausalLM(MambaConfig(hidden_size=16, num_hidden_layers=3, vocab_size=97)),
 }
 
 
@@ -30,69 +60,82 @@ def rows(*lengths):
     ]
 
 
-def with_numbers(model, batch, *, backward):
-    """(peak, kept) of the same micro-batch, counted while it is really computed."""
+def counted(model, batch, longest, *, backward):
+    """(peak, kept) of a micro-batch, counted while it is really computed, and whether the model packs."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        parameter.grad = torch.zeros_like(parameter)
+    known = [*model.parameters(), *model.buffers(), *(parameter.grad for parameter in trained)]
+    with packed_attention(model, longest):  # the probe, once
+        pass
     with (
         torch.set_grad_enabled(backward),
         fused(model),
-        packed_attention(model, 100) as packs,
-        _Allocations([*model.parameters(), *model.buffers()], "cpu") as allocations,
+        packed_attention(model, longest) as packs,
+        _Allocations(known, "cpu") as allocations,
     ):
-        assert packs
-        loss = Predictions.of(model, batch).loss_sum()
-        kept = allocations.live
+        predictions = Predictions.of(model, batch)
+        logits = predictions.logits_nbytes if predictions.head is None else 0
+        loss = predictions.loss_sum()
+        del predictions
+        kept = allocations.live - logits
         if backward:
             loss.backward()
-    return allocations.peak, kept
+    return allocations.peak, kept, packs
 
 
-@pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_a_trace_counts_what_a_step_allocates(make, dtype, checkpointing):
-    batch = collate(rows(60, 90, 40, 75), range(4))
+def both(make, lengths, *, dtype=torch.float32, checkpointing=False):
+    """A step counted on the CPU, and traced."""
+    batch = collate(rows(*lengths), range(len(lengths)))
     found = []
-    for device in ("cpu", "meta"):
+    for device, again in (("cpu", contextlib.nullcontext), ("meta", AsOnDevices)):
         torch.manual_seed(0)
         model = make().to(dtype)
         attach(model, LoRAConfig(r=4))
-        checkpoint_activations(model, on=checkpointing)
-        if device == "meta":
-            traced = trace_step(model.to("meta"), batch)
-            found.append((traced.peak, traced.kept))
+        checkpoint_activations(model, on=checkpointing, again=again)
+        if device == "cpu":
+            found.append(counted(model.train(), batch, max(lengths), backward=True))
         else:
-            with packed_attention(model, 100):  # the probe, once
+            model = model.to("meta")
+            with packed_attention(model, max(lengths)) as packs:
                 pass
-            found.append(with_numbers(model.train(), batch, backward=True))
-    (peak, kept), (traced_peak, traced_kept) = found
-    assert traced_peak == pytest.approx(peak, rel=0.03)
+            traced = trace_step(model, batch, max(lengths))
+            found.append((traced.peak, traced.kept, packs))
+    return found
+
+
+@pytest.mark.parametrize("lengths", [(60, 90, 40, 75), (300, 20)], ids=["short", "long"])
+@pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_trace_counts_what_a_step_allocates(make, lengths, dtype, checkpointing):
+    (peak, kept, packs), (traced_peak, traced_kept, taken_to_pack) = both(
+        make, lengths, dtype=dtype, checkpointing=checkpointing
+    )
+    assert packs
+    assert taken_to_pack
+    assert traced_peak == pytest.approx(peak, rel=0.02)
     assert traced_kept == pytest.approx(kept, rel=0.03)
 
 
-def test_a_long_row_is_traced_with_the_fused_attention_it_gets():
-    batch = collate(rows(300, 20), range(2))
-    found = []
-    for device in ("cpu", "meta"):
-        torch.manual_seed(0)
-        model = MODELS["llama"]()
-        attach(model, LoRAConfig(r=4))
-        if device == "meta":
-            found.append(trace_step(model.to("meta"), batch).peak)
-        else:
-            with packed_attention(model, 300):
-                pass
-            found.append(with_numbers(model.train(), batch, backward=True)[0])
-    assert found[1] == pytest.approx(found[0], rel=0.05)
+@pytest.mark.parametrize("make", ROW_BY_ROW.values(), ids=ROW_BY_ROW)
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_model_that_does_not_pack_is_traced_row_by_row(make, checkpointing):
+    (peak, kept, packs), (traced_peak, traced_kept, taken_to_pack) = both(make, (40, 25), checkpointing=checkpointing)
+    assert not packs
+    assert not taken_to_pack
+    assert traced_peak == pytest.approx(peak, rel=0.02)
+    assert traced_kept == pytest.approx(kept, rel=0.03)
 
 
 def test_evaluation_keeps_nothing_and_takes_less():
-    model = MODELS["llama"]()
+    model = MODELS["llama of 5"]()
     attach(model, LoRAConfig(r=4))
     batch = collate(rows(60, 90, 40, 75), range(4))
-    peak, _ = with_numbers(model.eval(), batch, backward=False)
-    traced = trace_evaluation(model.to("meta"), batch)
-    assert traced.peak == pytest.approx(peak, rel=0.03)
-    assert traced.peak < trace_step(model, batch).peak
+    peak, _, _ = counted(model.eval(), batch, 100, backward=False)
+    traced = trace_evaluation(model.to("meta"), batch, 100)
+    assert traced.peak == pytest.approx(peak, rel=0.02)
+    assert traced.peak < trace_step(model, batch, 100).peak
 
 
 def test_the_logits_of_a_large_vocabulary_are_never_there_at_once(monkeypatch):
@@ -108,8 +151,8 @@ def test_the_logits_of_a_large_vocabulary_are_never_there_at_once(monkeypatch):
     }.items():
         model = make()
         attach(model, LoRAConfig(r=4))
-        step[name] = trace_step(model.to("meta"), batch)
-        evaluation[name] = trace_evaluation(model, batch)
+        step[name] = trace_step(model.to("meta"), batch, 100)
+        evaluation[name] = trace_evaluation(model, batch, 100)
     whole = len(batch.targets) * 50_000 * 4
     assert step["gemma2"].logits == whole
     assert step["gemma2"].peak > whole
@@ -117,3 +160,51 @@ def test_the_logits_of_a_large_vocabulary_are_never_there_at_once(monkeypatch):
         assert 0 < traced.logits <= 1 << 20
         assert traced.peak < whole / 2
     assert step["llama"].peak >= step["llama"].kept + step["llama"].logits
+
+
+@pytest.fixture(scope="module")
+def planned(tmp_path_factory):
+    """A planner of a config with changes: steps of rows of 20 to 400 tokens."""
+    folder = tmp_path_factory.mktemp("base")
+    tiny_llama(hidden_size=64, intermediate_size=192, num_hidden_layers=4, context=512).save_pretrained(folder)
+
+    def make(**changes):
+        settings = {"model": str(folder), "data": "none", "dtype": "fp32", "device": "cuda", "lora": {"r": 4}}
+        return Planner(TrainConfig.from_dict({**settings, **changes}), rows(*range(20, 420, 20)), rows(40))
+
+    return make
+
+
+def test_auto_takes_as_many_rows_at_once_as_memory_holds(planned):
+    planner = planned(batch_size="auto", gradient_checkpointing="off")
+    whole = planner.chosen(None)
+    assert (whole.rows, whole.micro_batches) == (16, 1)
+    tight = planner.chosen(int(0.6 * whole.peak + 0.4 * planner.process))
+    assert tight.peak < whole.peak
+    assert tight.rows < 16
+    assert tight.micro_batches > 1
+    assert not tight.gradient_checkpointing
+    config = tight.applied(planner.config)
+    assert (config.batch_size, config.rows_per_step, config.gradient_checkpointing) == (16, 16, "off")
+    assert config.micro_batch_tokens == tight.micro_batch_tokens
+
+
+def test_on_a_cpu_auto_takes_no_more_at_once_than_the_default(planned):
+    assert planned(batch_size="auto").chosen(None).micro_batch_tokens > 1000
+    assert planned(batch_size="auto", micro_batch_tokens=1000, device="cpu").chosen(None).micro_batch_tokens == 1000
+
+
+def test_a_narrower_dtype_is_suggested_where_nothing_else_fits(planned):
+    planner = planned(micro_batch_tokens=400)
+    (with_checkpointing,) = (each for each in planner.fitting(None) if each.gradient_checkpointing)
+    suggested = list(planner.suggestions(with_checkpointing.peak - 1))
+    assert [each.flag for each in suggested] == ["dtype", "max_length"]
+    assert suggested[1].value == 300
+    assert suggested[1].rows_cut == 5
+
+
+def test_kernels_of_bf16_are_counted_up_to_the_bound(planned):
+    one, many = (planned(dtype="bf16", device="cpu", max_steps=steps).asked().peak for steps in (1, 10_000))
+    more = planned(dtype="bf16", device="cpu", max_steps=20_000).asked().peak
+    assert one < many
+    assert abs(more - many) < 50_000_000  # the process itself may have grown between them

@@ -116,7 +116,7 @@ def test_its_memory_is_planned(settings):
     planned = []
     for kind in ("exact", "int8"):
         config = configured(settings, "unused", frozen_products=kind)
-        planned.append(Planner(config, data.train.examples, data.valid.examples).asked())
+        planned.append(Planner(config, data.train.examples, data.valid.examples))
     model = tiny_llama()
     attach(model, LoRAConfig(r=4))
     copies = [Int8Weight(layer.weight).rounded for layer in int8_layers(model)]

@@ -472,3 +472,11 @@ def test_what_was_chosen_for_the_memory_there_was_holds_when_a_run_goes_on(setti
     assert _as_begun(left_open, tmp_path).gradient_checkpointing == "on"
     decided = left_open.replace(gradient_checkpointing="off")
     assert _as_begun(decided, tmp_path).gradient_checkpointing == "off"
+
+
+def test_what_auto_came_to_holds_when_a_run_goes_on(settings, tmp_path):
+    begun = configured(settings, tmp_path, batch_size=16, micro_batch_tokens=700)
+    (tmp_path / "run.yaml").write_text(begun.to_yaml())
+    left_open = configured(settings, tmp_path, batch_size="auto", resume=True)
+    gone_on = _as_begun(left_open, tmp_path)
+    assert (gone_on.batch_size, gone_on.micro_batch_tokens) == (16, 700)

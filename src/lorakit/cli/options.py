@@ -47,6 +47,19 @@ class _OneOf(click.Choice[str]):
         return super().convert(self._as_taken(value), param, ctx)
 
 
+class _NumberOr(click.ParamType[int | str]):
+    """A whole number, or one of a few words."""
+
+    def __init__(self, words: Sequence[str]) -> None:
+        self.name = f"integer|{'|'.join(words)}"
+        self._words = words
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | str:
+        if value in self._words:
+            return str(value)
+        return click.INT.convert(value, param, ctx)
+
+
 class ConfigArgument(click.Argument):
     """A positional for a field of a config class. Never required by click: a `--config` file may hold it."""
 
@@ -292,6 +305,9 @@ def _kind(hint: Any, as_taken: Callable[[Any], Any]) -> dict[str, Any]:
     alternatives = tuple(kind for kind in alternatives if kind is not types.NoneType)
     if len(alternatives) == 2 and str in alternatives:
         return _repeated("NAME[,NAME...]|REGEX", _names_or_pattern)
+    if len(alternatives) == 2 and int in alternatives:
+        (words,) = (typing.get_args(kind) for kind in alternatives if kind is not int)
+        return {"type": _NumberOr(words), "default": None}
     (kind,) = alternatives
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin is Literal:

@@ -14,7 +14,7 @@ from lorakit.errors import ConfigError
 from lorakit.training.config import TrainConfig
 
 if TYPE_CHECKING:
-    from lorakit.training.planning import RunPlan
+    from lorakit.training.planning import RunPlan, Setting
 
 _UNITS = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
 _NO_DATA = "no data"
@@ -101,15 +101,31 @@ def lines(plan: RunPlan) -> list[str]:
             f"time    {duration(plan.seconds)}, {plan.tokens_per_second:,.0f} tokens/s (measured on steps of the run)"
         )
     if plan.limit is not None:
-        word = "fits" if plan.fits else "does not fit"
-        told.append(f"limit   {size(plan.limit)}: {word}")
-        if not plan.fits:
-            told += [
-                f"  fits  {size(each.peak)}, {each.time:.2f} times as long: "
-                f"--micro-batch-tokens {each.micro_batch_tokens} "
-                f"--gradient-checkpointing {'on' if each.gradient_checkpointing else 'off'}"
-                for each in plan.fitting
-            ] or [
-                "  nothing that leaves the result as it is fits: lower --max-length, --dtype bf16, or a smaller model"
-            ]
+        as_chosen = plan.chosen != plan.asked  # what is told above is of what was chosen
+        told.append(
+            f"limit   {size(plan.limit)}: {'fits' if plan.fits else 'does not fit'}"
+            + (f" as chosen here; as asked it takes {size(plan.asked.peak)} and does not" if as_chosen else "")
+        )
+        told += [f"  fits  {_setting(each)}" for each in plan.fitting] or [
+            "  nothing that leaves the result as it is fits"
+        ]
+        told += [
+            f"  else  {_setting(each.setting)} --{each.flag.replace('_', '-')} {each.value}: another result"
+            + (f", {each.rows_cut:,} rows are cut" if each.rows_cut else "")
+            for each in plan.suggestions
+        ]
+        if not plan.fitting and not plan.suggestions:
+            told.append("  nor with shorter rows or bf16: a smaller model, or another machine")
     return told
+
+
+def _setting(setting: Setting) -> str:
+    """Cost first, then what a step is divided into, and the flags for it."""
+    from lorakit.report import size
+
+    at_once = "1 row" if setting.rows == 1 else f"{setting.rows:,} rows"
+    return (
+        f"{size(setting.peak)}, {setting.time:.2f} times as long, {at_once} x {setting.micro_batches:,} a step: "
+        f"--micro-batch-tokens {setting.micro_batch_tokens} "
+        f"--gradient-checkpointing {'on' if setting.gradient_checkpointing else 'off'}"
+    )

@@ -42,7 +42,8 @@ def packed_attention(model: torch.nn.Module, longest: int) -> Iterator[bool]:
     The first time a model is entered, a probe runs four short rows through it, packed and alone (see `_probe`).
 
     Args:
-        model: any causal language model.
+        model: any causal language model. On the meta device there are no numbers to compare: one that runs packed is
+            taken to pack.
         longest: tokens of the longest row that will come. Some models treat rows beyond a length in a way that packing
             cannot give them (see `_longest_packable`).
 
@@ -59,19 +60,6 @@ def packed_attention(model: torch.nn.Module, longest: int) -> Iterator[bool]:
         return
     with _exchanged_attention(model):
         yield True
-
-
-@contextlib.contextmanager
-def unprobed_attention(model: torch.nn.Module) -> Iterator[None]:
-    """`packed_attention` for a model without numbers (on the meta device), which cannot be probed: taken to pack.
-
-    Raises:
-        NotImplementedError: its attention cannot be exchanged at all.
-    """
-    if not _attention_is_exchangeable(model):
-        raise NotImplementedError(f"{type(model).__name__} does not let its attention be exchanged")
-    with _exchanged_attention(model):
-        yield
 
 
 def packed_logits(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
@@ -232,7 +220,8 @@ def _probe(model: Any) -> float:
     stands before it.
 
     Rounding differs between the two ways, so the comparison is loose; the leak test is sharp: the second row's logits
-    must not move when the first row's tokens change. Models that refuse our attention do not pack.
+    must not move when the first row's tokens change. Models that refuse our attention do not pack. On the meta device
+    only that is seen.
     """
     device = next(model.parameters()).device
     was_training = model.training
@@ -255,10 +244,12 @@ def _probe(model: Any) -> float:
     windows: set[int | None] = set()
     rows = torch.cat([beginning, one]), torch.cat([beginning, other])
     try:
-        alone = torch.cat([run(row) for row in rows])
         with _exchanged_attention(model):
-            packed, moved = run(*rows), run(torch.cat([beginning, changed]), rows[1])
             shared = run(*rows, forks=(0, len(beginning)))
+            if device.type == "meta":
+                return _longest_packable(model, windows)
+            packed, moved = run(*rows), run(torch.cat([beginning, changed]), rows[1])
+        alone = torch.cat([run(row) for row in rows])
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, TypeError, KeyError, ValueError, IndexError):
@@ -281,8 +272,8 @@ def _probe_head(model: torch.nn.Module, head: nn.Linear) -> bool:
     that cannot run without.
     """
     device = head.weight.device
-    at = torch.arange(2, device=device)
-    batch = Batch(at, at, (2,), (0,), at, None, at, (0,))
+    at, places = torch.arange(2, device=device), torch.arange(2)  # a row alone asks which places are its own
+    batch = Batch(at, at, (2,), (0,), places, None, at, (0,))
     was_training = model.training
     model.eval()
     try:

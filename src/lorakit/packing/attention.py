@@ -140,22 +140,16 @@ def _attend_long(
     own_q, own_k, own_v = (
         _take(x, places).transpose(0, 1)[None] for x, places in ((q, row.own), (k, row.places), (v, row.places))
     )
-    out: torch.Tensor
-    if q.is_meta:  # where torch would write the scores out, which it does on no device that has the fused call
-        out, _ = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            own_q, own_k, own_v, dropout, visible is None, attn_mask=visible, scale=scale
-        )
-    else:
-        out = F.scaled_dot_product_attention(
-            own_q,
-            own_k,
-            own_v,
-            attn_mask=visible,
-            is_causal=visible is None,
-            scale=scale,
-            dropout_p=dropout,
-            enable_gqa=q.shape[1] != k.shape[1],
-        )
+    out = F.scaled_dot_product_attention(
+        own_q,
+        own_k,
+        own_v,
+        attn_mask=visible,
+        is_causal=visible is None,
+        scale=scale,
+        dropout_p=dropout,
+        enable_gqa=q.shape[1] != k.shape[1],
+    )
     return out[0].transpose(0, 1)
 
 

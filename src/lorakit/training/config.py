@@ -33,8 +33,8 @@ _ADVICE = {
             "rows are always packed, without padding and without leaking into each other"
         ),
         "group_by_length": "rows are packed without padding, so it does not matter which go together",
-        "auto_find_batch_size": "micro_batch_tokens bounds the memory, whatever batch_size is",
-        "per_device_eval_batch_size": "micro_batch_tokens bounds evaluation too; lorakit eval has batch_size",
+        "auto_find_batch_size": "set batch_size to auto: as many rows at once as the plan says memory holds",
+        "per_device_eval_batch_size": "eval_batch_tokens bounds evaluation; lorakit eval has batch_size",
         "load_best_model_at_end": "the best adapter is always kept, in best/",
         "metric_for_best_model": "the best adapter is the one with the least loss on the validation rows",
         "resume_from_checkpoint": "set resume, and output to the run's folder: it goes on from its newest checkpoint",
@@ -60,6 +60,9 @@ _SWITCH = pydantic.BeforeValidator(lambda value: {True: "on", False: "off"}.get(
 _FALSE_IS_OFF = pydantic.BeforeValidator(lambda value: "off" if value is False else value)
 # as transformers writes "not set"
 _MINUS_ONE_IS_NONE = pydantic.BeforeValidator(lambda value: None if type(value) is int and value == -1 else value)
+
+
+ROWS_PER_STEP = 16  # by default, and where batch_size is auto
 
 
 def _default_adapter() -> LoRAConfig:
@@ -130,8 +133,10 @@ class TrainConfig(Config):
     max_steps: Annotated[int | None, _MINUS_ONE_IS_NONE] = None
     """Optimiser steps; overrides `epochs`. None, or -1: as many as `epochs` takes."""
 
-    batch_size: int = 16
-    """Rows per optimiser step and process, times `gradient_accumulation_steps`."""
+    batch_size: int | Literal["auto"] = ROWS_PER_STEP
+    """Rows per optimiser step and process, times `gradient_accumulation_steps`. auto: 16 a step, which is a statistical
+    choice, of which as many go through the model at once as the plan says memory holds (see lorakit plan; on a CPU at
+    most `micro_batch_tokens`, which is no slower). The result is that of 16 but for rounding."""
 
     gradient_accumulation_steps: int = 1
     """Multiplies `batch_size`; the gradient is the mean over all labelled tokens of the step, however they are
@@ -142,6 +147,10 @@ class TrainConfig(Config):
     """Tokens that go through the model at once: a step of more is divided. Bounds memory; changes results by rounding
     only.
     """
+
+    eval_batch_tokens: int | None = None
+    """Tokens that go through the model at once in evaluations; None: as `micro_batch_tokens`, or fewer, so that an
+    evaluation takes no more memory than a step (see lorakit plan). Changes results by rounding only."""
 
     gradient_checkpointing: Annotated[Literal["auto", "on", "off"], _SWITCH] = "auto"
     """Keep only what enters each layer and compute the rest again in the backward pass: less memory for a third more
@@ -236,17 +245,28 @@ class TrainConfig(Config):
     resume: bool = False
     """Continue the run in `output` from its newest sound checkpoint."""
 
+    @property
+    def rows(self) -> int:
+        """`batch_size` as a number."""
+        return ROWS_PER_STEP if self.batch_size == "auto" else self.batch_size
+
+    @property
+    def rows_per_step(self) -> int:
+        """Rows of an optimiser step."""
+        return self.rows * self.gradient_accumulation_steps
+
+    @property
+    def evaluation_tokens(self) -> int:
+        """`eval_batch_tokens` as a number, `micro_batch_tokens` where nobody has chosen one."""
+        return self.eval_batch_tokens or self.micro_batch_tokens
+
     def problems(self) -> list[str]:
         """Ranges."""
-        least = {
-            "init_steps": 1,
-            "batch_size": 1,
-            "gradient_accumulation_steps": 1,
-            "micro_batch_tokens": 1,
-            "max_length": 2,
-        }
+        least = {} if self.batch_size == "auto" else {"batch_size": 1}
+        least |= {"init_steps": 1, "gradient_accumulation_steps": 1, "micro_batch_tokens": 1, "max_length": 2}
         least |= {"keep_checkpoints": 2, "samples": 0, "weight_decay": 0, "clip": 0}
-        least |= {n: 1 for n in ("max_steps", "eval_steps", "save_steps", "early_stop") if getattr(self, n) is not None}
+        optional = ("max_steps", "eval_steps", "save_steps", "early_stop", "eval_batch_tokens")
+        least |= {name: 1 for name in optional if getattr(self, name) is not None}
         found = [
             f"{name}: must be at least {minimum} (got {getattr(self, name)})"
             for name, minimum in least.items()

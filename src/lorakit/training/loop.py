@@ -8,6 +8,7 @@ stopped.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -30,6 +31,7 @@ from lorakit.packing import has_dropout, packed_attention
 from lorakit.training.checkpoint import Checkpoint, Cursor, save_checkpoint
 from lorakit.training.config import FrozenProducts, TrainConfig
 from lorakit.training.events import Checkpointed, Evaluated, OnEvent, Phase, StepDone, TrunkKept
+from lorakit.training.gradients import Gradients
 from lorakit.training.interrupt import stop_request
 from lorakit.training.objectives import Predictions, mean_loss
 from lorakit.training.optim import (
@@ -62,15 +64,19 @@ class Plan:
     @classmethod
     def of(cls, config: TrainConfig, examples: Sequence[Example]) -> Plan:
         """The plan that a config makes of the training examples."""
-        rows_per_step = config.batch_size * config.gradient_accumulation_steps
-        total = config.max_steps or math.ceil(config.epochs * math.ceil(len(examples) / rows_per_step))
+        total = config.max_steps or math.ceil(config.epochs * math.ceil(len(examples) / config.rows_per_step))
         lengths = tuple(len(example.ids) for example in examples)
-        return cls(lengths, config.seed, rows_per_step, config.micro_batch_tokens, total)
+        return cls(lengths, config.seed, config.rows_per_step, config.micro_batch_tokens, total)
 
     @property
     def tokens(self) -> float:
         """Tokens of the whole run, if every step were full."""
         return self.total_steps * min(1.0, self.rows_per_step / len(self.lengths)) * sum(self.lengths)
+
+    def epoch(self) -> Iterator[list[list[int]]]:
+        """The steps of the first epoch, or of the run where it ends sooner."""
+        of_epoch = math.ceil(len(self.lengths) / self.rows_per_step)
+        return itertools.islice(self.steps(0), min(of_epoch, self.total_steps))
 
     def steps(self, first: int) -> Iterator[list[list[int]]]:
         """Steps `first`, `first + 1`, ...: each a list of micro-batches, each a list of example indices."""
@@ -172,7 +178,8 @@ def fit(
     steps = plan.steps(cursor.step)
     longest = max(len(example.ids) for example in (*train, *valid))
     trunk = _trunk(model, (*train, *valid), config, folder, on_event)
-    with stop_request() as stop, ready(model, longest, config.frozen_products) as share, trunk:
+    gradients = Gradients(tensors.values())
+    with stop_request() as stop, ready(model, longest, config.frozen_products) as share, trunk, gradients:
         while True:
             at_end = cursor.step == plan.total_steps
             evaluation_due = cursor.step % config.eval_steps == 0 or at_end
@@ -180,10 +187,10 @@ def fit(
             if evaluation_due and cursor.evaluated_step != cursor.step and not stop:
                 on_event(Phase("evaluating"))
                 start = time.perf_counter()
-                loss, _ = mean_loss(model, valid, micro_batch_tokens=config.micro_batch_tokens)
+                loss, _ = mean_loss(model, valid, micro_batch_tokens=config.evaluation_tokens)
                 better = _take_evaluation(cursor, loss)
                 if better:
-                    best = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
+                    _keep(tensors, best)
                     on_best()
                 write({"step": cursor.step, "eval_loss": loss})
                 on_event(Evaluated(cursor.step, loss, better, time.perf_counter() - start))
@@ -197,7 +204,8 @@ def fit(
             start = time.perf_counter()
             micro_batches = next(steps)
             rate = learning_rate(config, cursor.step, plan.total_steps)
-            loss = accumulate(model, train, micro_batches, scaler, config.seed, cursor.step, share=share)
+            with gradients.of_step():
+                loss = accumulate(model, train, micro_batches, scaler, config.seed, cursor.step, share=share)
             scaler.unscale_(optimizer)
             norm = clip_gradients(tensors, config.clip)
             check_gradient(norm, cursor, scaler, train, micro_batches)
@@ -205,7 +213,6 @@ def fit(
             scaler.step(optimizer)
             torch.autograd.graph.increment_version(list(tensors.values()))  # which the fused optimiser forgets to do
             scaler.update()
-            optimizer.zero_grad(set_to_none=True)
             tokens = sum(plan.lengths[i] for indices in micro_batches for i in indices)
             seconds = time.perf_counter() - start
 
@@ -239,7 +246,7 @@ def _trunk(
     on_event(TrunkKept(trunk.layers, trunk.tokens, trunk.nbytes, where))
     refuse_too_large(trunk, on_disk)
     on_event(Phase("running the layers below the trained ones once"))
-    return kept_trunk(model, examples, folder=on_disk, micro_batch_tokens=config.micro_batch_tokens)
+    return kept_trunk(model, examples, folder=on_disk, micro_batch_tokens=config.evaluation_tokens)
 
 
 _ADVICE = "Lower --learning-rate, or use --dtype fp32; the checkpoints before this step are sound."
@@ -328,6 +335,16 @@ def check_gradient(
     rows = bullet_list([str(examples[i].origin) for indices in micro_batches for i in indices])
     often = f", {cursor.skipped_in_a_row} steps in a row" if scaler.is_enabled() else ""
     raise NonFiniteLossError(f"the gradient is not finite at step {cursor.step + 1}{often}, on rows\n{rows}\n{_ADVICE}")
+
+
+@torch.no_grad()
+def _keep(tensors: Mapping[str, torch.Tensor], best: dict[str, torch.Tensor]) -> None:
+    """Copy tensors to `best`, on the CPU, over those that are there, so that there is one copy at any time."""
+    for name, tensor in tensors.items():
+        if name in best:
+            best[name].copy_(tensor)
+        else:
+            best[name] = tensor.to("cpu", copy=True)
 
 
 def _take_evaluation(cursor: Cursor, loss: float) -> bool:

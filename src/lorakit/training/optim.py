@@ -56,6 +56,9 @@ def make_optimizer(
 ) -> torch.optim.AdamW:
     """AdamW over named tensors, in their order; fused (one pass over memory) on every device that can.
 
+    Its state is there from the start, where torch would allocate it in the first step, scattered among what the step
+    has left (see `training.gradients`).
+
     Args:
         config: rates and decay.
         tensors: what is trained.
@@ -69,7 +72,7 @@ def make_optimizer(
         {"params": [t for name, t in tensors.items() if name not in faster], "ratio": 1.0},
         {"params": [t for name, t in tensors.items() if name in faster], "ratio": ratio},
     ]
-    return torch.optim.AdamW(
+    optimizer = torch.optim.AdamW(
         [group for group in groups if group["params"]],
         lr=learning_rate(config, 0, 1),  # set anew before each step
         betas=(config.adam_beta1, config.adam_beta2),
@@ -77,6 +80,10 @@ def make_optimizer(
         weight_decay=config.weight_decay,
         fused=device in ("cpu", "cuda", "mps", "xpu"),
     )
+    for tensor in tensors.values():
+        moments = {name: torch.zeros_like(tensor) for name in _MOMENTS[:2]}
+        optimizer.state[tensor] = {**moments, "step": torch.zeros((), device=tensor.device)}
+    return optimizer
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
@@ -108,16 +115,17 @@ def optimizer_tensors(
 ) -> dict[str, torch.Tensor]:
     """AdamW's state under names: ``exp_avg.<tensor>``, ``exp_avg_sq.<tensor>``, ``step.<tensor>``.
 
-    A tensor that never got a gradient (an expert no token was sent to) has no state and is left out.
+    A tensor that never got a gradient (an expert no token was sent to) has taken no step and is left out.
     """
     return {
         f"{moment}.{name}": optimizer.state[parameter][moment]
         for name, parameter in tensors.items()
-        if parameter in optimizer.state
+        if optimizer.state[parameter]["step"] > 0
         for moment in _MOMENTS
     }
 
 
+@torch.no_grad()
 def restore_optimizer(
     optimizer: torch.optim.Optimizer, tensors: Mapping[str, torch.nn.Parameter], saved: Mapping[str, torch.Tensor]
 ) -> None:
@@ -132,13 +140,12 @@ def restore_optimizer(
     for name, parameter in tensors.items():
         if f"step.{name}" not in saved:
             continue
-        state: dict[str, Any] = {}
+        state = optimizer.state[parameter]
         for moment in _MOMENTS:
             value = saved[f"{moment}.{name}"]
-            expected = torch.Size() if moment == "step" else parameter.shape
-            if value.shape != expected:
+            if value.shape != state[moment].shape:
                 raise RunError(
-                    f"the checkpoint's {moment} of {name} has shape {tuple(value.shape)}, the adapter {tuple(expected)}"
+                    f"the checkpoint's {moment} of {name} has shape {tuple(value.shape)}, the adapter "
+                    f"{tuple(state[moment].shape)}"
                 )
-            state[moment] = value.clone().to(parameter.device)
-        optimizer.state[parameter] = state
+            state[moment].copy_(value)

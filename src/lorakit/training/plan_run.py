@@ -12,7 +12,7 @@ from lorakit.errors import ConfigError
 from lorakit.models import load_model
 from lorakit.training.config import TrainConfig
 from lorakit.training.loop import Plan
-from lorakit.training.planning import Planner, RunPlan, timed
+from lorakit.training.planning import Planner, RunPlan, checkpoint_activations, timed
 from lorakit.training.run import read, resolved
 
 
@@ -39,8 +39,7 @@ def plan_run(
         data = read(config)
         train, valid = data.train.examples, data.valid.examples
     else:
-        rows = config.batch_size * config.gradient_accumulation_steps
-        train = tuple(_row(number, length) for number in range(rows))
+        train = tuple(_row(number, length) for number in range(config.rows_per_step))
         valid = train[:1]
     config = resolved(config, device, Plan.of(config, train), sum(len(example.ids) for example in valid))
     if memory is None and here:
@@ -48,8 +47,11 @@ def plan_run(
     plan = Planner(config, train, valid).plan(memory)
     if not steps_timed or not plan.fits or not here:
         return plan
+    config = plan.chosen.applied(config)
+    machine.keep_few_kernels()
     machine.keep_freed_memory()
     model, _ = load_model(config.model, config.dtype, config.device, config.quantize)
+    checkpoint_activations(model, on=config.gradient_checkpointing == "on")
     attach(model, config.lora)
     return timed(plan, config, model, train, valid, steps=steps_timed)
 

@@ -7,12 +7,13 @@ may be larger than the machine. Time is measured, on steps of the run itself, wh
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import torch
 
@@ -21,20 +22,29 @@ from lorakit.adapter.attach import attach
 from lorakit.data.batches import Batch, collate, plan_evaluation
 from lorakit.data.chat import Example
 from lorakit.errors import ModelError
-from lorakit.models import load_skeleton, weights_size
-from lorakit.packing import has_dropout
+from lorakit.models import load_skeleton, storage_of, weights_size
+from lorakit.packing import packed_attention
 from lorakit.training.config import TrainConfig
+from lorakit.training.gradients import Gradients
 from lorakit.training.loop import Plan, accumulate, ready
 from lorakit.training.objectives import mean_loss
 from lorakit.training.optim import make_scaler
 from lorakit.training.products import products_bytes
-from lorakit.training.trace import Traced, trace_evaluation, trace_step
+from lorakit.training.trace import AsOnDevices, Traced, trace_evaluation, trace_step
+from lorakit.training.trunk import kept_trunk, trunk_of
 
 CUDA_CONTEXT = 600_000_000  # bytes that CUDA takes for itself; as others report it, not measured here
-HELD_ON_CPU = 350_000_000  # beyond what lives at once: holes between blocks, workspace of products (docs/log.md: plans)
+# Of what a forward pass allocates and gives back, how much the C library cannot use again for blocks of the same size,
+# because something small that stays lies beside it: a node of autograd beside each operation that is recorded, less
+# where nothing is. Measured with glibc 2.36 on two settings, checked on others (docs/log.md: what plans left out).
+SCATTERED, SCATTERED_RECORDED = 0.15, 0.36
+KERNEL = 650_000  # bytes that a product of one shape in bf16 keeps on a CPU, code and all (docs/log.md, likewise)
 BYTES_TRAINED = 20  # of a trained number in fp32: itself, its gradient, AdamW's two moments, the best so far
 RECOMPUTING = 1.33  # time of a step with checkpointing: three passes through the frozen products instead of two
+_SMALLER = 1.05  # time of a step in micro-batches of half the size: smaller products are less efficient; an estimate
 _MOST_COLLATED = 32  # micro-batches looked at, of the longest
+_SHORTER = (0.75, 0.5, 0.25, 0.125)  # of the longest row: lengths that are tried as a suggestion
+_FEWER_BITS = ("int8", "nf4")  # ways to hold a base that are tried as a suggestion, the nearest to the original first
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,19 +53,22 @@ class Memory:
 
     Attributes:
         process: interpreter and libraries; on a GPU, what CUDA takes for itself.
-        held: what the C library and the kernels hold beyond what lives at once.
-        weights: the base, and what `frozen_products` makes of it.
+        held: on a CPU, what the C library holds and cannot use again, and kernels made for shapes of products.
+        weights: the base as it is held, with what of a quantised one is dense at one time, and what `frozen_products`
+            makes of it.
         adapter: trained tensors with gradients, optimiser state and the best copy; what it holds besides.
+        trunk: what `cache_trunk` keeps in the same memory.
         training: beside these, the most of a training step.
         activations: of `training`, what the forward pass keeps for the backward pass.
         logits: of `training`, the logits that are there at once, whose gradient takes their place.
-        evaluation: beside weights and adapter, the most of an evaluation.
+        evaluation: as `training`, the most of an evaluation.
     """
 
     process: int
     held: int
     weights: int
     adapter: int
+    trunk: int
     training: int
     activations: int
     logits: int
@@ -64,7 +77,8 @@ class Memory:
     @property
     def peak(self) -> int:
         """The most at one time."""
-        return self.process + self.held + self.weights + self.adapter + max(self.training, self.evaluation)
+        beside = self.process + self.held + self.weights + self.adapter + self.trunk
+        return beside + max(self.training, self.evaluation)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,14 +88,51 @@ class Setting:
     Attributes:
         micro_batch_tokens: tokens that go through the model at once.
         gradient_checkpointing: whether activations are computed again instead of kept.
+        eval_batch_tokens: tokens that go through the model at once in evaluations.
+        rows: that go through the model at once, at most.
+        micro_batches: into which a step is divided, at most; their gradients are accumulated.
         peak: bytes.
-        time: of a step, against the same without checkpointing; an estimate.
+        time: of a step, against the fastest setting without checkpointing; an estimate.
     """
 
     micro_batch_tokens: int
     gradient_checkpointing: bool
+    eval_batch_tokens: int
+    rows: int
+    micro_batches: int
     peak: int
     time: float
+
+    def applied(self, config: TrainConfig) -> TrainConfig:
+        """The config with these settings, and nothing of them left open."""
+        return config.replace(
+            batch_size=config.rows,
+            micro_batch_tokens=self.micro_batch_tokens,
+            eval_batch_tokens=self.eval_batch_tokens,
+            gradient_checkpointing="on" if self.gradient_checkpointing else "off",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Suggestion:
+    """A change after which a run fits, or fits without checkpointing, and which is the user's to make.
+
+    Attributes:
+        flag: what to change.
+        value: to what.
+        rows_cut: training rows that lose tokens by it.
+        setting: the fastest that fits then.
+    """
+
+    flag: Literal["max_length", "dtype", "quantize"]
+    value: int | str
+    rows_cut: int
+    setting: Setting
+
+    @property
+    def same_result(self) -> bool:
+        """Whether the result stays as it is but for rounding: the blocks of a file hold the same numbers."""
+        return self.value == "blocks"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,9 +146,13 @@ class RunPlan:
         steps: optimiser steps.
         tokens: of all rows of all steps.
         computed: share of them that goes through the model; what rows of a step have in common goes once.
-        memory: of the settings asked for.
+        memory: of `chosen`.
         limit: bytes there are; None: unknown.
+        asked: the settings asked for; where batch_size is auto, as much at once as is worth trying.
+        chosen: those, or where they do not fit and the config leaves it open, the fastest that do.
         fitting: settings that fit, the fastest first.
+        suggestions: where nothing fits without checkpointing, what would with a base in fewer bits; where nothing fits
+            at all, also what would with a narrower dtype or shorter rows.
         seconds: of all steps and evaluations; None: not measured.
         tokens_per_second: None: not measured.
     """
@@ -110,13 +165,16 @@ class RunPlan:
     computed: float
     memory: Memory
     limit: int | None
+    asked: Setting
+    chosen: Setting
     fitting: tuple[Setting, ...]
+    suggestions: tuple[Suggestion, ...] = ()
     seconds: float | None = None
     tokens_per_second: float | None = None
 
     @property
     def fits(self) -> bool:
-        """Whether the settings asked for fit, as far as is known."""
+        """Whether the chosen settings fit, as far as is known."""
         return self.limit is None or self.memory.peak <= self.limit
 
     def to_dict(self) -> dict[str, Any]:
@@ -126,6 +184,11 @@ class RunPlan:
 
 class NotTraceableError(ModelError):
     """A model whose memory cannot be told without running it."""
+
+
+class _Tried(NamedTuple):
+    memory: Memory
+    eval_batch_tokens: int
 
 
 class Planner:
@@ -139,8 +202,8 @@ class Planner:
     Raises:
         ModelError: the model cannot be found, or is of no class that transformers knows.
         TargetError: the adapter's config names what is not in the model.
-        ConfigError: `frozen_products` is not for this model.
-        NotTraceableError: its operations need numbers, or its rows cannot be packed.
+        ConfigError: `frozen_products` or `cache_trunk` is not for this model.
+        NotTraceableError: its operations need numbers.
     """
 
     def __init__(self, config: TrainConfig, train: Sequence[Example], valid: Sequence[Example] = ()) -> None:
@@ -151,7 +214,6 @@ class Planner:
         full = config.method == "full"
         handle = None if full else attach(self.model, config.lora, check_base=False)
         self.model.to("meta")
-        self.share = not has_dropout(self.model)  # as `loop.ready` has it
         self.trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         self.fixed = (
             sum(t.numel() for name in handle.names for t in handle.fixed_tensors(name).values()) if handle else 0
@@ -159,13 +221,20 @@ class Planner:
         # trained weights are counted as weights
         self.adapter = (BYTES_TRAINED - 4 * full) * self.trained + 4 * self.fixed
         self.weights += products_bytes(self.model, config.frozen_products)
-        self.process = machine.resident_memory() if torch.device(config.device).type == "cpu" else CUDA_CONTEXT
+        self.on_cpu = torch.device(config.device).type == "cpu"
+        self.process = machine.resident_memory() if self.on_cpu else CUDA_CONTEXT
+        self.trunk = 0
+        if config.cache_trunk != "off":
+            trunk = trunk_of(self.model, (*train, *valid))
+            self.trunk = trunk.nbytes if config.cache_trunk == "memory" and self.on_cpu else 0
+        self._tried: dict[tuple[int, bool], _Tried] = {}
 
     def plan(self, limit: int | None) -> RunPlan:
         """What the run will take, and settings with which it takes at most `limit` bytes."""
-        steps = Plan.of(self.config, self.train)
-        memory = self.asked()
-        batches = [collate(self.train, rows, share=self.share) for rows in _spread(steps)]
+        asked, chosen, fitting = self.asked(), self.chosen(limit), self.fitting(limit)
+        steps = Plan.of(chosen.applied(self.config), self.train)
+        with ready(self.model, self.longest) as share:
+            batches = [collate(self.train, rows, share=share) for rows in _spread(steps)]
         read = sum(len(batch.ids) for batch in batches)
         return RunPlan(
             parameters=self.parameters,
@@ -174,78 +243,195 @@ class Planner:
             steps=steps.total_steps,
             tokens=round(steps.tokens),
             computed=read / sum(len(self.train[row].ids) for batch in batches for row in batch.rows),
-            memory=memory,
+            memory=self.memory(chosen.micro_batch_tokens, checkpointing=chosen.gradient_checkpointing),
             limit=limit,
-            fitting=tuple(self.fitting(memory, limit)),
+            asked=asked,
+            chosen=chosen,
+            fitting=tuple(fitting),
+            suggestions=() if limit is None else tuple(self.suggestions(limit)),
         )
 
-    def asked(self) -> Memory:
-        """What a run with the settings of the config takes, without checkpointing if that is left open."""
-        return self.memory(self.config.micro_batch_tokens, checkpointing=self.config.gradient_checkpointing == "on")
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest row."""
+        return max(len(example.ids) for example in (*self.train, *self.valid))
 
-    def fitting(self, asked: Memory, limit: int | None) -> list[Setting]:
-        """Settings that take at most `limit` bytes, the fastest first; `asked` is what `asked()` said."""
-        return sorted(self._fitting(asked, limit), key=lambda setting: setting.time)
+    @property
+    def left_open(self) -> bool:
+        """Whether the config leaves it to the plan to find settings that fit."""
+        return self.config.batch_size == "auto" or self.config.gradient_checkpointing == "auto"
+
+    def asked(self) -> Setting:
+        """The settings of the config, without checkpointing if that is left open."""
+        return self._setting(self._most_tokens(), checkpointing=self.config.gradient_checkpointing == "on")
+
+    def chosen(self, limit: int | None) -> Setting:
+        """The settings asked for, or where they do not fit and the config leaves it open, the fastest that do."""
+        asked = self.asked()
+        if limit is None or asked.peak <= limit or not self.left_open:
+            return asked
+        return next(iter(self.fitting(limit)), asked)
+
+    def fitting(self, limit: int | None) -> list[Setting]:
+        """Settings that take at most `limit` bytes, the fastest first; with and without checkpointing, if that is left
+        open, in the largest micro-batches that fit.
+        """
+        return sorted(self._fitting(limit), key=lambda setting: setting.time)
+
+    def suggestions(self, limit: int) -> Iterator[Suggestion]:
+        """Where nothing fits without checkpointing, a base in fewer bits that would; where nothing fits at all, also
+        half the bytes a number, or rows cut shorter (to the longest of a few lengths).
+        """
+        fitting = self.fitting(limit)
+        if any(not setting.gradient_checkpointing for setting in fitting):
+            return
+        for way in self._fewer_bits():
+            best = next(iter(self._otherwise(quantize=way).fitting(limit)), None)
+            if best is not None and not (fitting and best.gradient_checkpointing):
+                yield Suggestion(flag="quantize", value=way, rows_cut=0, setting=best)
+        if fitting:
+            return
+        if self.config.dtype == "fp32" and self.config.method != "full":
+            for setting in self._otherwise(dtype="bf16").fitting(limit)[:1]:
+                yield Suggestion(flag="dtype", value="bf16", rows_cut=0, setting=setting)
+        for share in _SHORTER:
+            length = int(share * self.longest)
+            for setting in self._with_rows_cut(length).fitting(limit)[:1] if length >= 2 else ():
+                cut = sum(len(example.ids) > length for example in self.train)
+                yield Suggestion(flag="max_length", value=length, rows_cut=cut, setting=setting)
+                return
 
     def memory(self, micro_batch_tokens: int, *, checkpointing: bool) -> Memory:
         """What a run with these settings takes."""
-        step = self._trace(micro_batch_tokens, checkpointing)
-        evaluation = self._trace_evaluation(micro_batch_tokens) if self.valid else Traced(0, 0, 0)
-        return Memory(
-            process=self.process,
-            held=HELD_ON_CPU if torch.device(self.config.device).type == "cpu" else 0,
-            weights=self.weights,
-            adapter=self.adapter,
-            training=step.peak,
-            activations=step.kept,
-            logits=step.logits,
-            evaluation=evaluation.peak,
-        )
+        return self._try(micro_batch_tokens, checkpointing).memory
 
-    def _fitting(self, asked: Memory, limit: int | None) -> Iterator[Setting]:
-        config = self.config
+    def _try(self, micro_batch_tokens: int, checkpointing: bool) -> _Tried:
+        key = (micro_batch_tokens, checkpointing)
+        if key not in self._tried:
+            step = self._trace(micro_batch_tokens, checkpointing)
+            evaluation, eval_batch_tokens = self._trace_evaluation(micro_batch_tokens, step.peak)
+            memory = Memory(
+                process=self.process,
+                held=self._held(step) if self.on_cpu else 0,
+                weights=self.weights,
+                adapter=self.adapter,
+                trunk=self.trunk,
+                training=step.peak,
+                activations=step.kept,
+                logits=step.logits,
+                evaluation=evaluation,
+            )
+            self._tried[key] = _Tried(memory, eval_batch_tokens)
+        return self._tried[key]
+
+    def _held(self, step: Traced) -> int:
+        kernels = 0
+        if self.config.dtype == "bf16":  # each micro-batch has its own number of tokens
+            kernels = min(machine.MOST_KERNELS, step.products * Plan.of(self.config, self.train).total_steps)
+        return round(SCATTERED * step.freed + SCATTERED_RECORDED * step.freed_recorded) + KERNEL * kernels
+
+    def _most_tokens(self) -> int:
+        """The largest micro-batch worth trying. Where batch_size is auto and the device a GPU, a whole step; a CPU is
+        no faster with more than the default at once.
+        """
+        asked = self.config.micro_batch_tokens
+        if self.config.batch_size != "auto" or self.on_cpu:
+            return asked
+        steps = Plan.of(self.config, self.train).epoch()
+        return max(asked, *(sum(len(self.train[row].ids) for rows in step for row in rows) for step in steps))
+
+    def _fitting(self, limit: int | None) -> Iterator[Setting]:
+        if limit is not None and self.process + self.weights + self.adapter + self.trunk > limit:
+            return
         longest = max(len(example.ids) for example in self.train)
-        for checkpointing in {"on": (True,), "off": (False,), "auto": (False, True)}[config.gradient_checkpointing]:
-            tokens = config.micro_batch_tokens
-            time_of = RECOMPUTING if checkpointing else 1.0
+        for checkpointing in {"on": (True,), "off": (False,), "auto": (False, True)}[
+            self.config.gradient_checkpointing
+        ]:
+            tokens, halved = self._most_tokens(), 0
             while True:
-                if tokens == config.micro_batch_tokens and checkpointing == (config.gradient_checkpointing == "on"):
-                    memory = asked
-                else:
-                    memory = self.memory(tokens, checkpointing=checkpointing)
-                if limit is None or memory.peak <= limit:
-                    yield Setting(
-                        micro_batch_tokens=tokens,
-                        gradient_checkpointing=checkpointing,
-                        peak=memory.peak,
-                        time=time_of,
-                    )
+                setting = self._setting(tokens, checkpointing=checkpointing, halved=halved)
+                if limit is None or setting.peak <= limit:
+                    yield setting
                     break
                 if tokens <= longest:
                     break
-                tokens, time_of = max(longest, tokens // 2), time_of * 1.05  # smaller products are less efficient
+                tokens, halved = max(longest, tokens // 2), halved + 1
+
+    def _setting(self, tokens: int, *, checkpointing: bool, halved: int = 0) -> Setting:
+        steps = list(Plan.of(self.config.replace(micro_batch_tokens=tokens), self.train).epoch())
+        memory, eval_batch_tokens = self._try(tokens, checkpointing)
+        return Setting(
+            micro_batch_tokens=tokens,
+            gradient_checkpointing=checkpointing,
+            eval_batch_tokens=eval_batch_tokens,
+            rows=max(len(rows) for step in steps for rows in step),
+            micro_batches=max(len(step) for step in steps),
+            peak=memory.peak,
+            time=(RECOMPUTING if checkpointing else 1.0) * _SMALLER**halved,
+        )
+
+    def _fewer_bits(self) -> tuple[str, ...]:
+        """Other ways to hold the base, none where it is held in few bits already or all of it is trained."""
+        config = self.config
+        if config.quantize != "none" or config.method == "full" or config.frozen_products != "exact":
+            return ()
+        return ("blocks",) if storage_of(config.model) == "blocks" else _FEWER_BITS
+
+    def _otherwise(self, **changes: Any) -> Planner:
+        """The same with other settings."""
+        other = Planner(self.config.replace(**changes), self.train, self.valid)
+        other.process = self.process  # which has grown by what planning took
+        return other
+
+    def _with_rows_cut(self, length: int) -> Planner:
+        """The same with rows of at most `length` tokens: their last ones, where answers are."""
+
+        def cut(example: Example) -> Example:
+            ids, trained = example.ids[-length:], example.trained[-length:]
+            return replace(example, ids=ids, trained=[False, *trained[1:]]) if len(example.ids) > length else example
+
+        shorter = copy.copy(self)
+        shorter.train, shorter.valid = [cut(e) for e in self.train], [cut(e) for e in self.valid]
+        shorter._tried = {}
+        return shorter
 
     def _trace(self, micro_batch_tokens: int, checkpointing: bool) -> Traced:
         steps = Plan.of(self.config.replace(micro_batch_tokens=micro_batch_tokens), self.train)
-        batch = self._heaviest([rows for step in _epoch(steps) for rows in step])
+        batch = self._heaviest([rows for step in steps.epoch() for rows in step])
         try:
-            checkpoint_activations(self.model, on=checkpointing)
+            checkpoint_activations(self.model, on=checkpointing, again=AsOnDevices)
             with _tracing(self.model):
-                return trace_step(self.model, batch)
+                return trace_step(self.model, batch, self.longest)
         finally:
             checkpoint_activations(self.model, on=False)
 
-    def _trace_evaluation(self, micro_batch_tokens: int) -> Traced:
+    def _trace_evaluation(self, micro_batch_tokens: int, step_peak: int) -> tuple[int, int]:
+        """What an evaluation takes, and with how many tokens at once: as in steps, unless the config says how many or
+        that takes more than a step; then fewer, down to the longest row.
+        """
         lengths = [len(example.ids) for example in self.valid]
-        groups = plan_evaluation(lengths, micro_batch_tokens=micro_batch_tokens)
+        tokens = self.config.eval_batch_tokens or micro_batch_tokens
+        if not lengths:
+            return 0, tokens
+        while True:
+            peak = self._evaluation_peak(lengths, tokens)
+            if peak <= step_peak or tokens <= max(lengths) or self.config.eval_batch_tokens is not None:
+                return peak, tokens
+            tokens = max(max(lengths), min(tokens, sum(lengths)) // 2)
+
+    def _evaluation_peak(self, lengths: Sequence[int], tokens: int) -> int:
+        groups = plan_evaluation(lengths, micro_batch_tokens=tokens)
         heaviest = max(groups, key=lambda rows: sum(lengths[row] for row in rows))
+        with packed_attention(self.model, self.longest) as packs:
+            batch = collate(self.valid, heaviest, share=packs)
         with _tracing(self.model):
-            return trace_evaluation(self.model, collate(self.valid, heaviest, share=self.share))
+            return trace_evaluation(self.model, batch, self.longest).peak
 
     def _heaviest(self, groups: Sequence[Sequence[int]]) -> Batch:
         """Of micro-batches, the one of which most goes through the model."""
         by_length = sorted(groups, key=lambda rows: -sum(len(self.train[row].ids) for row in rows))
-        batches = [collate(self.train, rows, share=self.share) for rows in by_length[:_MOST_COLLATED]]
+        with ready(self.model, self.longest) as share:
+            batches = [collate(self.train, rows, share=share) for rows in by_length[:_MOST_COLLATED]]
         return max(batches, key=lambda batch: len(batch.ids))
 
 
@@ -257,25 +443,27 @@ def _tracing(model: Any) -> Iterator[None]:
         raise NotTraceableError(f"{type(model).__name__} cannot be traced: {error}") from error
 
 
-def checkpoint_activations(model: Any, *, on: bool) -> None:
-    """Have a transformers model keep only what enters its layers, and compute the rest again in the backward pass."""
+def checkpoint_activations(
+    model: Any, *, on: bool, again: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
+) -> None:
+    """Have a transformers model keep only what enters its layers, and compute the rest again in the backward pass.
+
+    Args:
+        model: a transformers model.
+        on: or no longer.
+        again: what to enter while layers are computed again.
+    """
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     disable = getattr(model, "activation_checkpointing_disable", None) or model.gradient_checkpointing_disable
     if on:
-        enable({"use_reentrant": False})
+        enable({"use_reentrant": False, "context_fn": lambda: (contextlib.nullcontext(), again())})
     elif any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
         disable()
 
 
-def _epoch(steps: Plan) -> Iterator[list[list[int]]]:
-    of_epoch = math.ceil(len(steps.lengths) / steps.rows_per_step)
-    for step, _ in zip(steps.steps(0), range(min(of_epoch, steps.total_steps)), strict=False):
-        yield step
-
-
 def _spread(steps: Plan) -> list[list[int]]:
     """Micro-batches of the first epoch, evenly spread, at most `_MOST_COLLATED`."""
-    groups = [rows for step in _epoch(steps) for rows in step]
+    groups = [rows for step in steps.epoch() for rows in step]
     return groups[:: math.ceil(len(groups) / _MOST_COLLATED)]
 
 
@@ -296,23 +484,32 @@ def timed(
     def tokens(step: Sequence[Sequence[int]]) -> int:
         return sum(len(train[row].ids) for rows in step for row in rows)
 
-    epoch = list(_epoch(Plan.of(config, train)))
+    epoch = list(Plan.of(config, train).epoch())
     # the largest one first, uncounted: it touches all the memory that the others will have
     chosen = [max(epoch, key=tokens), *epoch[:: math.ceil(len(epoch) / steps)]]
     scaler = make_scaler(next(model.parameters()).dtype, next(model.parameters()).device)
-    rates = []
+    rates, before = [], 0.0
     longest = max(len(example.ids) for example in (*train, *valid))
-    with ready(model, longest, config.frozen_products) as share:
-        mean_loss(model, valid, micro_batch_tokens=config.micro_batch_tokens)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    with contextlib.ExitStack() as stack:
+        share = stack.enter_context(ready(model, longest, config.frozen_products))
+        if config.cache_trunk != "off":  # of the rows that will come here; all take as much longer as they have tokens
+            used = [*(train[row] for step in chosen for rows in step for row in rows), *valid]
+            start = time.perf_counter()
+            stack.enter_context(kept_trunk(model, used, folder=None, micro_batch_tokens=config.evaluation_tokens))
+            before = (time.perf_counter() - start) / trunk_of(model, used).tokens
+            before *= trunk_of(model, (*train, *valid)).tokens
+        gradients = stack.enter_context(Gradients(trained))
+        mean_loss(model, valid, micro_batch_tokens=config.evaluation_tokens)
         for number, step in enumerate(chosen):
             start = time.perf_counter()
-            accumulate(model, train, step, scaler, config.seed, number, share=share)
-            model.zero_grad(set_to_none=True)
+            with gradients.of_step():
+                accumulate(model, train, step, scaler, config.seed, number, share=share)
             rates.append(tokens(step) / (time.perf_counter() - start))
         start = time.perf_counter()
-        mean_loss(model, valid, micro_batch_tokens=config.micro_batch_tokens)
+        mean_loss(model, valid, micro_batch_tokens=config.evaluation_tokens)
         evaluation = time.perf_counter() - start
     rate = statistics.median(rates[1:])
     assert config.eval_steps is not None, "the caller resolves it"
     evaluations = 1 + math.ceil(plan.steps / config.eval_steps)
-    return replace(plan, tokens_per_second=rate, seconds=plan.tokens / rate + evaluations * evaluation)
+    return replace(plan, tokens_per_second=rate, seconds=before + plan.tokens / rate + evaluations * evaluation)

@@ -52,7 +52,6 @@ from lorakit.training.optim import default_learning_rate
 from lorakit.training.planning import Planner, checkpoint_activations
 from lorakit.training.products import refuse_products
 from lorakit.training.subject import Subject, subject_of
-from lorakit.training.trunk import trunk_of
 from lorakit.version import __version__
 
 EVALUATIONS = 4  # a run, unless eval_steps says otherwise or they would take more than their share of its time
@@ -163,6 +162,7 @@ def _train(config: TrainConfig, folder: Path, on_event: OnEvent) -> Run:
     config = _made_to_fit(config, data, on_event)
 
     on_event(Phase("loading the model"))
+    machine.keep_few_kernels()
     machine.keep_freed_memory()
     model, _ = load_model(config.model, config.dtype, config.device, config.quantize)
     if config.learning_rate is None:
@@ -238,55 +238,53 @@ def read(config: TrainConfig) -> Data:
 
 
 def _made_to_fit(config: TrainConfig, data: Data, on_event: OnEvent) -> TrainConfig:
-    """Checkpointing and micro-batches with which the run fits into the memory there is, where the config leaves it to
-    us.
+    """What goes through the model at once, and checkpointing, so that the run fits into the memory there is, where the
+    config leaves it to us (`gradient_checkpointing` or `batch_size` auto); nothing is left open afterwards.
 
     Raises:
         RunError: nothing would fit; says what it takes.
+        ConfigError: `cache_trunk` is not for such a model.
     """
     on_event(Phase("planning"))
     limit = machine.memory_for(config.device)
     try:
         planner = Planner(config, data.train.examples, data.valid.examples)
-        kept = _kept_in_memory(config, planner.model, data)
-        asked = planner.asked()
-        fits = limit is None or asked.peak + kept <= limit
-        decided = config.gradient_checkpointing != "auto"  # by the user, who may know better
-        fitting = [] if fits or decided or limit is None else planner.fitting(asked, limit - kept)
+        chosen = planner.chosen(limit)
     except ModelError as error:  # one that cannot be found is told when it is loaded
         on_event(Planned(None, limit, str(error)))
-        return config if config.gradient_checkpointing != "auto" else config.replace(gradient_checkpointing="off")
-    if fits or decided:
-        on_event(Planned(asked.peak + kept, limit, ""))
-        return config if decided else config.replace(gradient_checkpointing="off")
-    if not fitting:
+        return _unplanned(config, data)
+    if planner.left_open and limit is not None and chosen.peak > limit:
+        kept = planner.trunk
         raise RunError(
-            f"this run would take {size(asked.peak + kept)}{f', {size(kept)} of it for cache_trunk,' if kept else ''} "
-            f"and more than the {size(limit or 0)} there are in any case: "
-            f"{'set --cache-trunk disk, ' if kept else ''}lower --max-length, use --dtype bf16 or a smaller model "
-            "(lorakit plan shows what takes how much); "
-            "--gradient-checkpointing on or off tries it all the same"
+            f"this run would take {size(chosen.peak)}{f', {size(kept)} of it for cache_trunk,' if kept else ''} and "
+            f"more than the {size(limit)} there are, whatever leaves the result as it is: "
+            f"{'set --cache-trunk disk, ' if kept else ''}lower --max-length, use --quantize nf4, --dtype bf16 or a "
+            "smaller model (lorakit plan shows what takes how much, and what would fit); --gradient-checkpointing on "
+            "or off with a --batch-size of rows tries it all the same"
         )
-    best = fitting[0]
-    chosen = config.replace(
-        gradient_checkpointing="on" if best.gradient_checkpointing else "off",
-        micro_batch_tokens=best.micro_batch_tokens,
-    )
-    changed = f"micro-batches of {best.micro_batch_tokens:,} tokens, checkpointing {chosen.gradient_checkpointing}"
-    on_event(Planned(best.peak + kept, limit, changed))
-    return chosen
+    decided = chosen.applied(config)
+    changed = []
+    if config.batch_size == "auto":
+        changed.append(f"{chosen.rows} rows at once, {decided.batch_size} a step")
+    if decided.micro_batch_tokens != config.micro_batch_tokens:
+        changed.append(f"micro-batches of {decided.micro_batch_tokens:,} tokens")
+    if chosen.gradient_checkpointing and config.gradient_checkpointing == "auto":
+        changed.append("checkpointing on")
+    on_event(Planned(chosen.peak, limit, ", ".join(changed)))
+    return decided
 
 
-def _kept_in_memory(config: TrainConfig, skeleton: torch.nn.Module, data: Data) -> int:
-    """Bytes that `cache_trunk` keeps beside the rest of a run, in the same memory.
-
-    Raises:
-        ConfigError: nothing can be kept of such a model.
+def _unplanned(config: TrainConfig, data: Data) -> TrainConfig:
+    """The config with nothing left open where a plan cannot be made: an evaluation takes no more tokens at once than
+    the largest micro-batch of a step has.
     """
-    if config.cache_trunk == "off":
-        return 0
-    trunk = trunk_of(skeleton, (*data.train.examples, *data.valid.examples))
-    return trunk.nbytes if config.cache_trunk == "memory" and torch.device(config.device).type == "cpu" else 0
+    examples = data.train.examples
+    groups = [rows for step in Plan.of(config, examples).epoch() for rows in step]
+    return config.replace(
+        batch_size=config.rows,
+        eval_batch_tokens=config.eval_batch_tokens or max(sum(len(examples[i].ids) for i in rows) for rows in groups),
+        gradient_checkpointing="on" if config.gradient_checkpointing == "on" else "off",
+    )
 
 
 def _new_folder(data: str) -> Path:
@@ -388,9 +386,11 @@ def _as_begun(config: TrainConfig, folder: Path) -> TrainConfig:
             "For other settings choose another output folder."
         )
     begun = TrainConfig.from_yaml(folder / "run.yaml")
-    chosen = ("dtype", "quantize", "device", "gradient_checkpointing")
+    chosen = ("dtype", "quantize", "device", "gradient_checkpointing", "batch_size")
     left_open = {name: getattr(begun, name) for name in chosen if getattr(config, name) == "auto"}
-    numbers = ("eval_steps", "save_steps", "learning_rate")
+    if "batch_size" in left_open:  # what goes through the model at once was then left to the plan
+        left_open["micro_batch_tokens"] = begun.micro_batch_tokens
+    numbers = ("eval_steps", "save_steps", "learning_rate", "eval_batch_tokens")
     left_open |= {name: getattr(begun, name) for name in numbers if getattr(config, name) is None}
     return config.replace(**left_open)
 

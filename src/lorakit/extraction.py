@@ -13,6 +13,7 @@ import torch
 
 from lorakit.adapter.compress import Truncated, refactored, with_factors
 from lorakit.adapter.config import LoRAConfig
+from lorakit.adapter.naming import names_alone
 from lorakit.adapter.targets import Target, find_targets
 from lorakit.adapter.updates import seeded
 from lorakit.adapter.value import Adapter, Factors
@@ -103,7 +104,9 @@ def extract(tuned: str | Path, base: str | Path, config: LoRAConfig, *, seed: in
                 left_out[name] = own / float(torch.linalg.vector_norm(before.read(name, old).float()))
     if not factors:
         raise AdapterError(f"{tuned} is the same as {base} in every layer of the config: there is nothing to extract")
-    adapted = replace(config, target_modules=tuple(factors), exclude_modules=None, target_parameters=(), layers=None)
+    adapted = replace(
+        config, target_modules=names_alone(tuple(factors)), exclude_modules=None, target_parameters=(), layers=None
+    )
     shell = Adapter(config=adapted, factors={}, replaced=replaced, base=base_info(before, skeleton))
     truncated = Truncated(adapter=with_factors(shell, factors), errors=errors, norms=norms)
     return Extracted(

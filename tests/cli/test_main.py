@@ -32,7 +32,7 @@ def test_unknown_verb_names_the_nearest():
 def test_verb_unlike_any_other_lists_them_all():
     result = CliRunner().invoke(main, ["zzzzzz"])
     assert result.exit_code == 2
-    assert "Verbs: demo, check, plan, train" in result.stderr
+    assert "Verbs: demo, check, plan, targets, train" in result.stderr
 
 
 @pytest.mark.parametrize(

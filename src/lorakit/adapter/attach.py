@@ -299,10 +299,10 @@ class AttachedAdapters:
         modules = dict(base_modules(self.model))
         fresh = isinstance(adapter, LoRAConfig | Starts)
         here = None if fresh or not check_base else self.base_info()
-        kinds, updates = updates_for(self.model, adapter, modules, seed=seed, here=here)
+        config, kinds, updates = updates_for(self.model, adapter, modules, seed=seed, here=here)
         before = self._residents.get(name)
         self._freeze_base()
-        resident = Resident(adapter if isinstance(adapter, LoRAConfig) else adapter.config, str(self._slots), kinds)
+        resident = Resident(config, str(self._slots), kinds)
         self._slots += 1
         self._put(resident, updates, modules, trainable=fresh if trainable is None else trainable)
         self._residents[name] = resident

@@ -32,7 +32,7 @@ def blank_adapter(model: nn.Module, config: LoRAConfig) -> Adapter:
         kind: Any = target.site.kind
         factors[target.path] = Factors(A=A, B=B, alpha=target.alpha, kind=kind, bias=bias, magnitude=magnitude)
     return Adapter(
-        config=config,
+        config=targets.config,
         base=fingerprint.of(model, list(base_parameters(model).items())),
         factors=factors,
         biases={path: _blank(modules[path].get_parameter(bias_name(modules[path]))) for path in targets.biases},

@@ -13,6 +13,9 @@ import pydantic
 from lorakit.config import Config
 from lorakit.errors import nearest
 
+PRESETS = ("all-linear", "attention", "mlp", "embeddings", "experts", "convolutions")
+"""Words of `target_modules` that stand for layers by what they are (`adapter/presets.py`)."""
+
 INITS = ("default", "gaussian", "orthogonal", "random", "olora", "pissa", "pissa_niter_16", "eva", "lora_ga", "loftq")
 """Ways to begin; of `pissa_niter_` with any number of passes."""
 FROM_WEIGHT = frozenset({"olora", "pissa", "lora_ga"})
@@ -25,6 +28,7 @@ _NITER = re.compile(r"pissa_niter_\d+")
 _INIT = pydantic.BeforeValidator(
     lambda value: "default" if value is True else value.casefold() if isinstance(value, str) else value
 )
+_ALL_LINEAR_ALONE = pydantic.BeforeValidator(lambda value: "all-linear" if value == ("all-linear",) else value)
 _NONE_IS_EMPTY = pydantic.BeforeValidator(lambda value: () if value is None else value)
 
 
@@ -72,10 +76,13 @@ class LoRAConfig(Config):
     dropout: float = 0.0
     """Probability of dropping an input element of A while training."""
 
-    target_modules: str | tuple[str, ...] = "all-linear"
-    """"all-linear" (every matrix-multiplying layer but the output head; not the stacked weights of experts), a list of
-    names matched against the end of module paths ("q_proj", "self_attn.q_proj"), or one string: a regular expression
-    that must match whole paths. A MultiheadAttention means both its projections; `exclude_modules` takes one out."""
+    target_modules: Annotated[str | tuple[str, ...], _ALL_LINEAR_ALONE] = "all-linear"
+    """What to adapt: presets, names, or both in a list; or one regular expression that must match whole paths. Presets:
+    all-linear (every matrix-multiplying layer but the output head; not the stacked weights of experts), attention, mlp
+    (feed-forward layers, those of shared experts too), experts (of a mixture: modules or stacked weights), embeddings
+    (of tokens, and the output head), convolutions (but depthwise ones); lorakit targets shows them. Names are matched
+    against the end of module paths (q_proj, self_attn.q_proj). A MultiheadAttention means both its projections;
+    exclude_modules takes one out."""
 
     target_parameters: Annotated[tuple[str, ...], _NONE_IS_EMPTY] = ()
     """Stacked weights of experts (3-D parameters, one matrix an expert), and other parameters of two or three
@@ -83,7 +90,7 @@ class LoRAConfig(Config):
     layer is cheaper to adapt by `target_modules`. With these, `target_modules` may be empty."""
 
     exclude_modules: str | tuple[str, ...] | None = None
-    """Layers (and parameters of `target_parameters`) to leave out, written like `target_modules`."""
+    """Layers (and parameters of `target_parameters`) to leave out: names, or a regular expression."""
 
     rank_pattern: dict[str, int] = field(default_factory=dict)
     """Rank per layer: a name matched against the end of module paths, or a regular expression for it -> r."""
@@ -165,7 +172,7 @@ class LoRAConfig(Config):
         found += [f"rank_pattern[{k!r}]: must be at least 1 (got {v})" for k, v in self.rank_pattern.items() if v < 1]
         found += [f"alpha_pattern[{k!r}]: must be positive (got {v})" for k, v in self.alpha_pattern.items() if v <= 0]
         if not self.target_modules and not self.target_parameters:
-            found.append('target_modules: is empty; name layers or use "all-linear"')
+            found.append(f"target_modules: is empty; name layers or presets ({', '.join(PRESETS)})")
         if self.lora_bias and self.init not in ("default", "random"):
             found.append(
                 f"lora_bias: goes with init 'default' or 'random', the only ones with which PEFT reads such an adapter "

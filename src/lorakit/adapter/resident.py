@@ -42,7 +42,7 @@ def updates_for(
     *,
     seed: int,
     here: BaseInfo | None,
-) -> tuple[dict[str, str], dict[str, Update]]:
+) -> tuple[LoRAConfig, dict[str, str], dict[str, Update]]:
     """What an adapter becomes in a model that it fits; the model is not touched.
 
     Args:
@@ -53,7 +53,7 @@ def updates_for(
         here: the base, where a value made on another is to be refused.
 
     Returns:
-        (path of a low-rank update -> how its layer multiplies, path -> update)
+        (its config without presets, path of a low-rank update -> how its layer multiplies, path -> update)
 
     Raises:
         TargetError: the config names what is not in the model or cannot be adapted.
@@ -70,7 +70,7 @@ def updates_for(
         inits = adapter.inits if isinstance(adapter, Starts) else None
         updates = dict(fresh_updates(config, targets, modules, seed, inits))
         updates |= {path: fresh_replacement(modules[path]) for path in targets.replaced}
-    return {target.path: target.site.kind for target in targets.layers}, updates
+    return targets.config, {target.path: target.site.kind for target in targets.layers}, updates
 
 
 @dataclass

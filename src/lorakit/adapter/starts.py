@@ -5,7 +5,6 @@ of a config. Knows batches as what the model is called with; rows and tokens are
 from __future__ import annotations
 
 import contextlib
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +14,7 @@ from torch import nn
 
 from lorakit.adapter.compress import exact_pattern
 from lorakit.adapter.config import FROM_DATA, LoRAConfig
+from lorakit.adapter.naming import exactly
 from lorakit.adapter.targets import Target, find_targets
 from lorakit.core import initializers
 from lorakit.core.components import PrincipalComponents, shared_ranks
@@ -213,8 +213,8 @@ def with_ranks(config: LoRAConfig, targets: Sequence[Target], ranks: Mapping[str
     )
     if len(kept) == len(targets):
         return config
-    exact = "|".join(re.escape(target.path) for target in kept)  # names could mean longer paths that end like these
-    return config.replace(target_modules=exact, exclude_modules=None, layers=None)
+    # names could mean longer paths that end like these
+    return config.replace(target_modules=exactly(target.path for target in kept), exclude_modules=None, layers=None)
 
 
 # ---------------------------------------------------------------- LoRA-GA

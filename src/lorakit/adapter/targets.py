@@ -10,13 +10,15 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from lorakit.adapter.config import LoRAConfig
+from lorakit.adapter import presets
+from lorakit.adapter.config import PRESETS, LoRAConfig
+from lorakit.adapter.naming import names_meaning
 from lorakit.adapter.patterns import ends, matching
 from lorakit.adapter.value import TAKES_BIAS, TAKES_MAGNITUDE
 from lorakit.core import experts
 from lorakit.core.attention import AdaptedAttention, is_output_projection
 from lorakit.core.layer import AdaptedLayer, base_modules, bias_dim, bias_name
-from lorakit.core.sites import Site, is_attention, is_linear, site_of
+from lorakit.core.sites import Site, is_attention, site_of
 from lorakit.errors import TargetError, bullet_list, nearest
 
 _IN_WORDS = {"embedding": "Embedding", "attention": "MultiheadAttention", "experts": "stacked experts"}
@@ -42,12 +44,15 @@ class Targets:
         biases: paths of modules whose bias is trained.
         replaced: paths of modules trained whole.
         tokens: path of the embedding of which rows are trained, and of every head tied to it; the embedding first.
+        config: what they were found by, with names of this model in place of presets (but "all-linear" alone, which
+        other libraries know too).
     """
 
     layers: tuple[Target, ...]
     biases: tuple[str, ...]
     replaced: tuple[str, ...]
-    tokens: tuple[str, ...] = ()
+    tokens: tuple[str, ...]
+    config: LoRAConfig
 
 
 def find_targets(model: nn.Module, config: LoRAConfig) -> Targets:
@@ -72,18 +77,15 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> Targets:
         for path, module in modules.items()
         if path not in replaced and not path.startswith(inside_replaced)
     }
-    if config.target_modules == "all-linear":
-        head = output_head(model)
-        chosen = [path for path, module in candidates.items() if is_linear(module) and module is not head]
-        if not chosen:
-            problems.append(
-                f"target_modules 'all-linear': no linear layer in {type(model).__name__}; name modules instead"
-            )
-    else:
-        named = set(_match_names(config.target_modules, candidates, "target_modules", problems))
-        named |= {f"{path}.out_proj" for path in named if is_attention(candidates[path])}  # as PEFT means it
-        chosen = [path for path in candidates if path in named]
-    stacks = _stacks(candidates, config.target_parameters, problems)
+    words, names = _presets_and_names(config.target_modules)
+    by_preset = _by_presets(model, candidates, words, problems)
+    meant = {*by_preset, *_match_names(names, candidates, "target_modules", problems)}
+    meant |= {f"{path}.out_proj" for path in meant & candidates.keys() if is_attention(candidates[path])}  # as in PEFT
+    chosen = [path for path in candidates if path in meant]
+    of_preset = [path for path in by_preset if path not in candidates]
+    stacks = _stacks(candidates, tuple(dict.fromkeys((*config.target_parameters, *of_preset))), problems)
+    if words and config.target_modules != "all-linear":
+        config = _spelled_out(config, chosen, of_preset, modules)
     problems += [
         f"{path}: its module is in target_modules too; leave one of them out"
         for path in stacks
@@ -134,13 +136,7 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> Targets:
         raise TargetError(
             f"{type(model).__name__}: {len(problems)} problem(s) in the adapter's config:\n{bullet_list(problems)}"
         )
-    return Targets(tuple(layers), biases, tuple(replaced), tokens)
-
-
-def output_head(model: nn.Module) -> nn.Module | None:
-    """The layer that makes a language model's logits (which "all-linear" leaves out), if the model names one."""
-    getter = getattr(model, "get_output_embeddings", None)
-    return getter() if callable(getter) else None
+    return Targets(tuple(layers), biases, tuple(replaced), tokens, config)
 
 
 def module_at(path: str, modules: Mapping[str, nn.Module]) -> nn.Module:
@@ -155,16 +151,60 @@ def readers(paths: Iterable[str], modules: Mapping[str, nn.Module]) -> list[str]
     return [path.rpartition(".")[0] for path in paths if path in modules and is_output_projection(modules[path])]
 
 
+def _presets_and_names(targets: str | tuple[str, ...]) -> tuple[tuple[str, ...], str | tuple[str, ...]]:
+    """The presets among `target_modules`, and the rest."""
+    if isinstance(targets, str):
+        return ((targets,), ()) if targets in PRESETS else ((), targets)
+    return tuple(t for t in targets if t in PRESETS), tuple(t for t in targets if t not in PRESETS)
+
+
+def _by_presets(
+    model: nn.Module, candidates: Mapping[str, nn.Module], words: Sequence[str], problems: list[str]
+) -> list[str]:
+    """Paths of layers, and names of stacked parameters, that presets mean."""
+    if not words:
+        return []
+    meant = presets.members(model, candidates)
+    there = ", ".join(f"{word} ({len(paths)})" for word, paths in meant.items() if paths)
+    problems += [
+        f"target_modules {word!r}: {type(model).__name__} has none of that; "
+        + (f"presets that mean something in it: {there}" if there else "name its modules instead")
+        for word in words
+        if not meant[word]
+    ]
+    return list(dict.fromkeys(path for word in words for path in meant[word]))
+
+
+def _spelled_out(
+    config: LoRAConfig, chosen: Sequence[str], stacks: Sequence[str], modules: Mapping[str, nn.Module]
+) -> LoRAConfig:
+    """The config with names in place of presets, which mean the same in this model to every library."""
+    outputs = {f"{path}.out_proj" for path in chosen if is_attention(modules[path])}  # meant by the attention's name
+    paths = [path for path in chosen if path not in outputs]
+    parameters = names_meaning(stacks, [*stacks, *_parameters(modules)], least=2)
+    if isinstance(parameters, str):  # target_parameters takes no expression, and whole names serve as well
+        parameters = tuple(stacks)
+    return config.replace(
+        target_modules=names_meaning(paths, modules.keys() - outputs),
+        target_parameters=tuple(dict.fromkeys((*config.target_parameters, *parameters))),
+    )
+
+
+def _parameters(modules: Mapping[str, nn.Module]) -> dict[str, tuple[nn.Module, str]]:
+    """Full name of each parameter -> its module and its name there."""
+    return {
+        f"{path}.{name}" if path else name: (module, name)
+        for path, module in modules.items()
+        for name, parameter in module._parameters.items()
+        if parameter is not None
+    }
+
+
 def _stacks(candidates: Mapping[str, nn.Module], names: Sequence[str], problems: list[str]) -> dict[str, Site]:
     """The parameters that `target_parameters` names, by full name."""
     if not names:
         return {}
-    parameters = {
-        f"{path}.{name}" if path else name: (module, name)
-        for path, module in candidates.items()
-        for name, parameter in module._parameters.items()
-        if parameter is not None
-    }
+    parameters = _parameters(candidates)
     found: dict[str, Site] = {}
     asked: dict[type, str | None] = {}
     for path in _match_names(names, parameters, "target_parameters", problems):

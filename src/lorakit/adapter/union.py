@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Literal
@@ -11,6 +10,7 @@ import torch
 
 from lorakit.adapter import fingerprint
 from lorakit.adapter.config import LoRAConfig
+from lorakit.adapter.naming import exactly
 from lorakit.adapter.spectrum import require_low_rank
 from lorakit.adapter.value import TAKES_BIAS, Adapter
 from lorakit.errors import AdapterError, bullet_list
@@ -127,7 +127,7 @@ def _config(adapters: Sequence[Adapter]) -> LoRAConfig:
     if len(largest.factors) < len(union):
         kinds = {path: f.kind for a in adapters for path, f in a.factors.items()}
         stacks = tuple(path for path in union if kinds[path] == "experts")
-        modules = _exactly([path for path in union if path not in stacks]) or ()
+        modules = exactly(path for path in union if path not in stacks) or ()
         exact = {"target_modules": modules, "target_parameters": stacks, "exclude_modules": None, "layers": None}
         config = replace(config, **exact)  # type: ignore[arg-type]
     saved = tuple(dict.fromkeys(name for adapter in adapters for name in adapter.config.modules_to_save))
@@ -151,8 +151,3 @@ def _config(adapters: Sequence[Adapter]) -> LoRAConfig:
     return replace(
         config, bias=bias, modules_to_save=saved, trainable_tokens=tokens, dropout=adapters[0].config.dropout
     )
-
-
-def _exactly(paths: Sequence[str]) -> str:
-    """A regular expression that means these paths and no others, whatever model it is held against."""
-    return "|".join(re.escape(path) for path in paths)

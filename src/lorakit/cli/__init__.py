@@ -23,6 +23,7 @@ VERBS: dict[str, tuple[str, str]] = {
         "Show rows as the model will see them: tokens, loss mask, problems.",
     ),
     "plan": ("lorakit.cli.plan", "Say what a run will take: memory, time, settings that fit."),
+    "targets": ("lorakit.cli.targets", "Show what presets mean in a model, and what adapting it takes."),
     "train": ("lorakit.cli.train", "Train an adapter on a data file."),
     "eval": ("lorakit.cli.eval", "Measure a model and its adapters on held-out rows."),
     "generate": ("lorakit.cli.generate", "Answer prompts or rows, many at a time."),

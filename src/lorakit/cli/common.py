@@ -65,6 +65,14 @@ def emit(result: Mapping[str, Any], as_json: bool) -> None:
         click.echo(json.dumps(_finite({"ok": True, **result}), allow_nan=False))
 
 
+def columns(rows: Sequence[Sequence[str]], left: Sequence[int] = (0,)) -> Iterator[str]:
+    """Lines of a table: cells under one another, to the right of their column unless it is one of `left`."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        cells = enumerate(zip(row, widths, strict=True))
+        yield "  ".join(c.ljust(width) if i in left else c.rjust(width) for i, (c, width) in cells).rstrip()
+
+
 def numbers(flag: str, values: Sequence[str]) -> list[float]:
     """What a flag that takes numbers, with commas or given again, was told.
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lorakit.cli.common import console, emit, numbers, verb
+from lorakit.cli.common import columns, console, emit, numbers, verb
 from lorakit.config import plain_value
 from lorakit.errors import ConfigError
 
@@ -97,12 +97,6 @@ def result_lines(result: Comparison) -> Iterator[str]:
     """The table, and what has to be said of it."""
     from lorakit.comparison.summary import table
 
-    lines = table(result.rows)
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    for line in lines:
-        yield "  ".join(
-            cell.ljust(width) if i == 0 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-        )
+    yield from columns(table(result.rows))
     yield from (f"note   {note}" for note in result.notes)
     yield f"done   {result.directory}/compare.html, table.md"

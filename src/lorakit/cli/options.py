@@ -21,9 +21,8 @@ from lorakit.errors import ConfigError
 
 AnyConfig = TypeVar("AnyConfig", bound=Config)
 
-_NAMES = re.compile(
-    r"\s*[\w.]+(\s*,\s*[\w.]+)*\s*"
-)  # "q_proj, k_proj": names, where anything else is a regular expression
+# "q_proj, all-linear": names and presets, where anything else is a regular expression
+_NAMES = re.compile(r"\s*[\w.-]+(\s*,\s*[\w.-]+)*\s*")
 
 
 # in click's ctx.meta: (path, values) of the `--config` file, for the flags made from a config class
@@ -347,9 +346,10 @@ def _pairs(kind: type, values: Sequence[str]) -> dict[str, Any]:
 
 
 def _names_or_pattern(values: Sequence[str]) -> str | tuple[str, ...]:
-    """Names alone make a tuple; anything else ("all-linear", or a regular expression, commas and all) is one string."""
+    """Names make a tuple; anything else ("all-linear" alone, or a regular expression, commas and all) is one string."""
     if all(_NAMES.fullmatch(value) for value in values):
-        return _items(str, values)
+        names = _items(str, values)
+        return names if len(names) > 1 or "-" not in names[0] else names[0]  # "all-linear", as configs write it
     if len(values) > 1:
         raise ValueError(f"a regular expression stands alone (got {', '.join(values)})")
     return values[0]

@@ -23,8 +23,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "lora_ga": {"lora": {"init": "lora_ga"}},
     "lora_fa": {"lora": {"lora_fa": True}},
     "loraplus": {"loraplus_lr_ratio": 16.0},
-    "attention": {"lora": {"target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]}},
-    "mlp": {"lora": {"target_modules": ["gate_proj", "up_proj", "down_proj"]}},
+    "attention": {"lora": {"target_modules": "attention"}},
+    "mlp": {"lora": {"target_modules": "mlp"}},
     "full": {"method": "full"},
 }
 

@@ -265,7 +265,7 @@ def site_of(layer: nn.Module) -> Site | None:
     if isinstance(layer, nn.Linear):
         if kind is nn.modules.linear.NonDynamicallyQuantizableLinear:  # found in nn.MultiheadAttention only
             return ATTENTION_OUTPUT
-        return LINEAR if kind.forward is nn.Linear.forward else None
+        return LINEAR if kind.forward is nn.Linear.forward or _is_falcons(kind) else None
     if isinstance(layer, nn.Embedding):
         plain = kind.forward is nn.Embedding.forward or hasattr(layer, "embed_scale")
         return EMBEDDING if plain and layer.max_norm is None else None  # max_norm rewrites W in its forward
@@ -276,6 +276,12 @@ def site_of(layer: nn.Module) -> Site | None:
     if transformers_utils is not None and kind is transformers_utils.Conv1D:
         return TRANSPOSED_LINEAR
     return None
+
+
+def _is_falcons(kind: type[nn.Module]) -> bool:
+    """Whether a class is the Linear of transformers' Falcon, whose forward writes out the same product."""
+    falcon = sys.modules.get("transformers.models.falcon.modeling_falcon")
+    return falcon is not None and kind is falcon.FalconLinear
 
 
 def is_linear(layer: nn.Module) -> bool:

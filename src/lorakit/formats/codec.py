@@ -15,6 +15,7 @@ from typing import Any, Literal, Protocol, Self
 from torch import nn
 
 from lorakit.adapter.config import LoRAConfig
+from lorakit.adapter.naming import ends_of, names_meaning
 from lorakit.adapter.value import Adapter, BaseInfo, Factors
 from lorakit.core.layer import base_modules
 from lorakit.errors import AdapterFileError, FileError
@@ -121,40 +122,16 @@ def config_of(
     r = Counter(f.r for f in factors.values()).most_common(1)[0][0]
     alpha = Counter(f.alpha for f in factors.values()).most_common(1)[0][0]
     # an exception is anchored where it would mean a longer path too
-    ends = {end for path in factors for end in _ends(path) if end != path}
+    ends = {end for path in factors for end in ends_of(path) if end != path}
     pattern = {path: ("^" if path in ends else "") + re.escape(path) for path in factors}
     return LoRAConfig(
         r=r,
         alpha=alpha,
-        target_modules=_names(factors, modules),
+        target_modules=names_meaning(factors, modules),
         rank_pattern={pattern[path]: f.r for path, f in factors.items() if f.r != r},
         alpha_pattern={pattern[path]: f.alpha for path, f in factors.items() if f.alpha != alpha},
         bias=bias,
     )
-
-
-def _names(paths: Mapping[str, Any], modules: Mapping[str, Any] | None) -> str | tuple[str, ...]:
-    """`target_modules` that mean these layers and no other module: names, or an expression where names could mean
-    more.
-    """
-    known = {*(modules or ()), *paths}
-    blocks = {path.rsplit(".", depth)[0] for path in known for depth in range(1, path.count(".") + 1)}
-    meant_by_others = {end for path in (known | blocks) - paths.keys() for end in _ends(path)}
-    names = []
-    for path in paths:
-        leaf = path.rsplit(".", 1)[-1]
-        # a number is a place in a list, where modules without weights stand too
-        short = modules is not None and not leaf.isdigit() and leaf not in meant_by_others
-        if not short and (path in meant_by_others or (modules is None and path == leaf)):
-            return "|".join(map(re.escape, paths))
-        names.append(leaf if short else path)
-    return tuple(dict.fromkeys(names))
-
-
-def _ends(path: str) -> list[str]:
-    """The path and all its ends on whole names: what a name in a list of targets may match it by."""
-    parts = path.split(".")
-    return [".".join(parts[start:]) for start in range(len(parts))]
 
 
 def whole_tensors(adapter: Adapter, consumer: str) -> list[str]:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from lorakit.adapter.config import LoRAConfig
+from lorakit.adapter.naming import names_alone
 from lorakit.adapter.value import Adapter, BaseInfo, Factors, Kind
 from lorakit.errors import AdapterFileError, ConfigError, FileError, bullet_list
 from lorakit.files import (
@@ -311,7 +312,7 @@ def read_config(values: Any, where: Path | str) -> LoRAConfig:
                 r=values.get("r", 8),
                 alpha=values.get("lora_alpha", 8),
                 dropout=values.get("lora_dropout", 0.0),
-                target_modules=values.get("target_modules") or (),
+                target_modules=names_alone(values.get("target_modules") or ()),
                 exclude_modules=values.get("exclude_modules") or None,
                 rank_pattern=values.get("rank_pattern") or {},
                 alpha_pattern=values.get("alpha_pattern") or {},

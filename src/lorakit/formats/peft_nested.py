@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 
+from lorakit.adapter import naming
 from lorakit.adapter.config import LoRAConfig
 from lorakit.adapter.patterns import ends, matching
 from lorakit.adapter.value import Adapter, Factors, Kind
@@ -285,7 +286,7 @@ def settings(adapter: Adapter) -> dict[str, Any]:
             "target_parameters": written["target_parameters"] or None,
         }
     return other | {
-        "target_modules": sorted(modules) if stacks else "|".join(map(re.escape, sorted(modules))),
+        "target_modules": sorted(modules) if stacks else naming.exactly(sorted(modules)),
         "exclude_modules": None,
         "layers_to_transform": None,
         "target_parameters": stacks or None,

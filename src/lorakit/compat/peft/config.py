@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Self
 from torch import nn
 
 from lorakit.adapter.config import LoRAConfig
+from lorakit.adapter.naming import names_alone
 from lorakit.adapter.patterns import matching
 from lorakit.compat.peft.errors import PeftValueError, UnsupportedError
 from lorakit.compat.peft.tying import named, tie, trainable_tokens
@@ -307,7 +308,7 @@ class LoraConfig(PeftConfig):
         return self.bias if some else "none"
 
     def _targets(self, model: nn.Module) -> str | tuple[str, ...]:
-        targets = _listed(self.target_modules)
+        targets = names_alone(_listed(self.target_modules))
         if self.layers_to_transform is None:
             return targets
         layers = (

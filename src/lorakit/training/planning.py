@@ -64,7 +64,12 @@ class Memory:
     @property
     def peak(self) -> int:
         """The most at one time."""
-        return self.process + self.held + self.weights + self.adapter + max(self.training, self.evaluation)
+        return self.process + self.held + self.weights + self.adapter + self.passing
+
+    @property
+    def passing(self) -> int:
+        """Of the peak, what comes and goes with a step or an evaluation."""
+        return max(self.training, self.evaluation)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -160,7 +160,7 @@ def _train(config: TrainConfig, folder: Path, on_event: OnEvent) -> Run:
     on_event(DataReady(len(data.train.rows), len(data.valid.rows), data.lines()))
     plan = Plan.of(config, train_examples)
     config = resolved(config, device, plan, sum(len(example.ids) for example in valid_examples))
-    config = _made_to_fit(config, data, on_event)
+    config, passing = _made_to_fit(config, data, on_event)
 
     on_event(Phase("loading the model"))
     machine.keep_freed_memory()
@@ -178,7 +178,9 @@ def _train(config: TrainConfig, folder: Path, on_event: OnEvent) -> Run:
 
     write_text(folder / "run.yaml", _located(config, folder).to_yaml())
     write_json(folder / "data.json", data.statistics())
-    samples = _Samples(folder / "samples.json", model, chat, _sample_prompts(config.samples, data, chat, model))
+    samples = _Samples(
+        folder / "samples.json", model, chat, _sample_prompts(config.samples, data, chat, model), passing // 2
+    )
     with subject.untrained():
         samples.take("before", on_event)
 
@@ -237,9 +239,12 @@ def read(config: TrainConfig) -> Data:
     )
 
 
-def _made_to_fit(config: TrainConfig, data: Data, on_event: OnEvent) -> TrainConfig:
+def _made_to_fit(config: TrainConfig, data: Data, on_event: OnEvent) -> tuple[TrainConfig, int]:
     """Checkpointing and micro-batches with which the run fits into the memory there is, where the config leaves it to
     us.
+
+    Returns:
+        (the config, bytes that come and go with a step; 0 where that cannot be told)
 
     Raises:
         RunError: nothing would fit; says what it takes.
@@ -255,10 +260,10 @@ def _made_to_fit(config: TrainConfig, data: Data, on_event: OnEvent) -> TrainCon
         fitting = [] if fits or decided or limit is None else planner.fitting(asked, limit - kept)
     except ModelError as error:  # one that cannot be found is told when it is loaded
         on_event(Planned(None, limit, str(error)))
-        return config if config.gradient_checkpointing != "auto" else config.replace(gradient_checkpointing="off")
+        return config if config.gradient_checkpointing != "auto" else config.replace(gradient_checkpointing="off"), 0
     if fits or decided:
         on_event(Planned(asked.peak + kept, limit, ""))
-        return config if decided else config.replace(gradient_checkpointing="off")
+        return config if decided else config.replace(gradient_checkpointing="off"), asked.passing
     if not fitting:
         raise RunError(
             f"this run would take {size(asked.peak + kept)}{f', {size(kept)} of it for cache_trunk,' if kept else ''} "
@@ -274,7 +279,7 @@ def _made_to_fit(config: TrainConfig, data: Data, on_event: OnEvent) -> TrainCon
     )
     changed = f"micro-batches of {best.micro_batch_tokens:,} tokens, checkpointing {chosen.gradient_checkpointing}"
     on_event(Planned(best.peak + kept, limit, changed))
-    return chosen
+    return chosen, best.peak - (asked.peak - asked.passing)
 
 
 def _kept_in_memory(config: TrainConfig, skeleton: torch.nn.Module, data: Data) -> int:
@@ -472,10 +477,19 @@ def _sample_prompts(number: int, data: Data, chat: ChatFormat, model: Any) -> li
 
 
 class _Samples:
-    """Answers to a few validation rows, kept in `samples.json`."""
+    """Answers to a few validation rows, kept in `samples.json`.
 
-    def __init__(self, path: Path, model: Any, chat: ChatFormat, prompts: Sequence[Prompt]) -> None:
+    Args:
+        path: of the file.
+        model: that is trained.
+        chat: the format of its conversations.
+        prompts: to answer.
+        unpack_memory: for weights of a quantised base, of what training takes in any case (`generation.decoding`).
+    """
+
+    def __init__(self, path: Path, model: Any, chat: ChatFormat, prompts: Sequence[Prompt], unpack_memory: int) -> None:
         self.path = path
+        self.unpack_memory = unpack_memory
         self.model = model
         self.chat = chat
         self.prompts = prompts
@@ -500,6 +514,7 @@ class _Samples:
                 [prompt.ids for prompt in self.prompts],
                 max_new_tokens=SAMPLE_TOKENS,
                 stop_ids=self.chat.stop_ids | stop_ids(self.model, self.chat.tokenizer),
+                unpack_memory=self.unpack_memory,
             )
             for row, answer in zip(self.rows, answers, strict=True):
                 row[when] = answer.text

@@ -198,6 +198,7 @@ def evaluate(
     dtype: str = "auto",
     device: str = "auto",
     quantize: str = "auto",
+    unpack_memory: int | None = None,
     split: str = "test",
     on_progress: Callable[[str, int, int], None] | None = None,
 ) -> list[Evaluation]:
@@ -222,6 +223,7 @@ def evaluate(
         dtype: of the model, if it is loaded here.
         device: of the model, if it is loaded here.
         quantize: how the model is held, if it is loaded here (`models.storage_of`); auto: as it was for the adapters.
+        unpack_memory: bytes for weights of a quantised base unpacked while answers are written (`generation.decoding`).
         split: of a Hub data set.
         on_progress: called with (adapter or "base", rows answered, rows in all).
 
@@ -271,7 +273,7 @@ def evaluate(
             scores["loss"], tokens, cut = _loss(loaded, chat_format, rows, micro_batch_tokens)
         predictions: tuple[Prediction, ...] = ()
         if judges:
-            predictions = _answers(loaded, chat_format, rows, max_new_tokens, batch_size, report)
+            predictions = _answers(loaded, chat_format, rows, max_new_tokens, batch_size, unpack_memory, report)
             texts, references = [p.text for p in predictions], [p.references for p in predictions]
             scores |= {metric: judge(texts, references) for metric, judge in judges.items()}
         return Evaluation(
@@ -332,6 +334,7 @@ def _answers(
     rows: Sequence[Row],
     max_new_tokens: int,
     batch_size: int,
+    unpack_memory: int | None,
     on_progress: Callable[[int, int], None] | None,
 ) -> tuple[Prediction, ...]:
     prompts = each_row(chat_format.prompt, rows, _UNMEASURABLE)
@@ -342,6 +345,7 @@ def _answers(
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
         stop_ids=chat_format.stop_ids,
+        unpack_memory=unpack_memory,
         on_progress=on_progress,
     )
     return tuple(

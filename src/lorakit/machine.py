@@ -122,11 +122,17 @@ def peak_memory(device: torch.device | str) -> int | None:
 def memory_for(device: torch.device | str) -> int | None:
     """Bytes a run on this device can have, what this process holds already included; None where nobody says."""
     device = torch.device(device)
+    free = free_memory(device)
+    return free if free is None or device.type == "cuda" else free + resident_memory()
+
+
+def free_memory(device: torch.device | str) -> int | None:
+    """Bytes that can still be had on this device; None where nobody says."""
+    device = torch.device(device)
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return int(free)
-    available = available_memory() if device.type == "cpu" else None
-    return None if available is None else available + resident_memory()
+    return available_memory() if device.type == "cpu" else None
 
 
 def available_memory() -> int | None:

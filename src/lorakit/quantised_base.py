@@ -26,8 +26,8 @@ from lorakit.quant.tensor import AT_ONCE, quantised
 Storage = Literal["none", "blocks", "int8", "nf4"]
 """How a base's weights are held: in a floating-point dtype, in a GGUF file's blocks, or quantised while loading."""
 
-WORKSPACE = 3 * 4 * AT_ONCE
-"""Bytes for what of a quantised base is dense at one time: a chunk in fp32, and the same while it is unpacked."""
+WORKSPACE = 2 * 4 * AT_ONCE
+"""Bytes for what of a quantised base is dense at one time: a chunk in fp32, and the next one while it is unpacked."""
 
 QUANTIZERS: dict[str, Format] = {"int8": Int8(), "nf4": NF4()}
 

@@ -14,7 +14,7 @@ from lorakit.formats.gguf_container import MappedFile
 from lorakit.quant.blocks import BLOCKS
 from lorakit.quant.int8 import Int8
 from lorakit.quant.nf4 import LEVELS, NF4
-from lorakit.quant.tensor import quantised
+from lorakit.quant.tensor import QuantizedTensor, quantised
 
 # where fp16 numbers lie in a block
 SCALES = {
@@ -36,6 +36,10 @@ def same_bits(ours, theirs):
     return np.array_equal(np.ascontiguousarray(ours.numpy()).view(np.int32), theirs.view(np.int32))
 
 
+def unpacked(format, parts, columns):
+    return QuantizedTensor.of(format, parts, columns, torch.float32).dense()
+
+
 def random_blocks(name, rows, blocks):
     """Any bytes at all, with scales of every finite size."""
     draw = np.random.default_rng(0)
@@ -50,7 +54,7 @@ def random_blocks(name, rows, blocks):
 @pytest.mark.parametrize("name", BLOCKS)
 def test_any_bytes_give_what_gguf_gives_bit_for_bit(name):
     packed = random_blocks(name, 37, 3)
-    ours = BLOCKS[name].dense((torch.from_numpy(packed),), 3 * BLOCKS[name].elements)
+    ours = unpacked(BLOCKS[name], (torch.from_numpy(packed),), 3 * BLOCKS[name].elements)
     assert same_bits(ours, gguf.dequantize(packed, gguf.GGMLQuantizationType[name]))
 
 
@@ -80,7 +84,7 @@ def test_on_the_real_file(smollm2):
     for name, entry in file.header.entries.items():
         if file.kind(name) in BLOCKS and (name.startswith("blk.0.") or name == "token_embd.weight"):
             raw = file.raw(name)[:2000]
-            ours = BLOCKS[file.kind(name)].dense((raw,), entry.shape[1])
+            ours = unpacked(BLOCKS[file.kind(name)], (raw,), entry.shape[1])
             assert same_bits(ours, gguf.dequantize(raw.numpy(), gguf.GGMLQuantizationType[file.kind(name)])), name
             kinds.add(file.kind(name))
     assert kinds == {"Q4_1", "Q8_0"}
@@ -105,7 +109,7 @@ def test_nf4_takes_the_nearest_level_of_each_block(columns):
     W = torch.randn(23, columns) * torch.rand(23, 1)
     W[5] = 0
     codes, maxima, step = NF4().quantise(W)
-    dense = NF4().dense((codes, maxima, step), columns)
+    dense = unpacked(NF4(), (codes, maxima, step), columns)
     assert dense.shape == W.shape
     for row in range(23):
         for start in range(0, columns, 64):
@@ -129,7 +133,7 @@ def test_int8_is_off_by_half_a_step_at_most():
     W[3] = 0
     codes, scale = Int8().quantise(W)
     assert codes.abs().amax() == 127
-    assert ((Int8().dense((codes, scale), 50) - W).abs() <= scale / 2 * 1.0001).all()
+    assert ((unpacked(Int8(), (codes, scale), 50) - W).abs() <= scale / 2 * 1.0001).all()
 
 
 @pytest.mark.parametrize("format", [NF4(), Int8()], ids=lambda f: f.name)

@@ -97,13 +97,13 @@ def test_in_many_chunks_too(matrix, dtype, small_chunks):
 def test_the_dense_matrix_never_stands_whole(matrix, small_chunks, monkeypatch):
     Q, _ = matrix
     seen = []
-    unpack = type(Q.format).dense
+    unpack = type(Q.format).unpack
 
-    def watched(self, parts, columns):
-        seen.append(len(parts[0]))
-        return unpack(self, parts, columns)
+    def watched(self, parts, out):
+        seen.append(len(out))
+        unpack(self, parts, out)
 
-    monkeypatch.setattr(type(Q.format), "dense", watched)
+    monkeypatch.setattr(type(Q.format), "unpack", watched)
     x = torch.randn(3, 96, requires_grad=True)
     layer = kernels.LoRAOperands(Q, None, torch.randn(2, 96), torch.zeros(48, 2), 1.0)
     kernels.lora_linear(x, layer).sum().backward()

@@ -28,6 +28,7 @@ def command(
     dtype: str,
     device: str,
     quantize: str,
+    unpack_memory: int | None,
     chat_template: str,
     adapter: str | None,
     system: str | None,
@@ -38,40 +39,42 @@ def command(
     as_json: bool,
 ) -> None:
     """Talk with a model. Each line is a turn; from a pipe too. /reset forgets the conversation, /exit ends it."""
-    from lorakit.generation import stream
+    from lorakit.generation import decoding, stream
 
     subject = load_subject(model, adapter, chat_template, dtype, device, quantize)
     opening: Messages = [{"role": "system", "content": system}] if system is not None else []
     messages = list(opening)
     if sys.stdin.isatty():
         console.print(_COMMANDS)
-    for line in _lines():
-        if line == "/exit":
-            break
-        if line == "/reset":
-            messages = list(opening)
-            console.print("forgotten")
-            continue
-        if line.startswith("/"):
-            console.print(f"{line.split()[0]} is no command: {_COMMANDS}")
-            continue
-        messages.append({"role": "user", "content": line})
-        ids, forgotten = fitting_prompt(subject, messages, len(opening), max_new_tokens)
-        if forgotten:
-            console.print(f"(the context is full: the first {forgotten} turns are forgotten)")
-        completion = stream(
-            subject.model,
-            subject.chat_format.tokenizer,
-            ids,
-            on_text=lambda text: click.echo(text, nl=False, err=as_json),
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_p=top_p,
-            seed=seed + len(messages),  # another draw for each turn
-            stop_ids=subject.chat_format.stop_ids,
-        )
-        click.echo("" if completion.finished else " [...]", err=as_json)
-        messages.append({"role": "assistant", "content": completion.text})
+    with decoding(subject.model, unpack_memory):
+        for line in _lines():
+            if line == "/exit":
+                break
+            if line == "/reset":
+                messages = list(opening)
+                console.print("forgotten")
+                continue
+            if line.startswith("/"):
+                console.print(f"{line.split()[0]} is no command: {_COMMANDS}")
+                continue
+            messages.append({"role": "user", "content": line})
+            ids, forgotten = fitting_prompt(subject, messages, len(opening), max_new_tokens)
+            if forgotten:
+                console.print(f"(the context is full: the first {forgotten} turns are forgotten)")
+            completion = stream(
+                subject.model,
+                subject.chat_format.tokenizer,
+                ids,
+                on_text=lambda text: click.echo(text, nl=False, err=as_json),
+                max_new_tokens=max_new_tokens,
+                temperature=temperature,
+                top_p=top_p,
+                seed=seed + len(messages),  # another draw for each turn
+                stop_ids=subject.chat_format.stop_ids,
+                unpack_memory=0,  # as it stands for the whole conversation
+            )
+            click.echo("" if completion.finished else " [...]", err=as_json)
+            messages.append({"role": "assistant", "content": completion.text})
     emit({"model": subject.name, "adapter": adapter, "messages": messages}, as_json)
 
 

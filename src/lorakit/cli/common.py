@@ -20,6 +20,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -53,6 +54,25 @@ _ANOTHER_IN_TRAINING = {
     "extract": {"output", "rank", "target_modules", "modules_to_save"},
     "merge": {"data", "dtype", "output"},
 }
+
+
+_UNITS = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
+
+
+class Memory(click.ParamType[int]):
+    """An amount of memory: 16GB, 800MB, or bytes; none at all only where that means something."""
+
+    name = "amount"
+
+    def __init__(self, *, none: bool = False) -> None:
+        self.none = none
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Bytes."""
+        match = re.fullmatch(r"\s*([\d.]+)\s*([kmgt]?)i?b?\s*", str(value).lower())
+        if match is None or (float(match[1]) <= 0 and not self.none):
+            self.fail(f"{value!r} is no amount of memory; write 16GB or 800MB", param, ctx)
+        return int(float(match[1]) * _UNITS[match[2]])
 
 
 def emit(result: Mapping[str, Any], as_json: bool) -> None:

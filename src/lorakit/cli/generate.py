@@ -40,6 +40,7 @@ def command(
     dtype: str,
     device: str,
     quantize: str,
+    unpack_memory: int | None,
     chat_template: str,
     adapter: str | None,
     prompts: tuple[str, ...],
@@ -81,6 +82,7 @@ def command(
         seed=seed,
         batch_size=batch_size,
         stop_ids=chat_format.stop_ids,
+        unpack_memory=unpack_memory,
     )
     answers = [
         {

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
-from lorakit.cli.common import console
+from lorakit.cli.common import Memory, console
 
 if TYPE_CHECKING:
     from lorakit.data.chat import ChatFormat
@@ -48,12 +48,18 @@ def load_subject(
 
 
 def model_options(function: Callable[..., None]) -> Callable[..., None]:
-    """`--model`, `--dtype`, `--quantize`, `--device`, `--chat-template`."""
+    """`--model`, `--dtype`, `--quantize`, `--unpack-memory`, `--device`, `--chat-template`."""
     for option in (
         click.option(
             "--chat-template", default="auto", show_default=True, help="auto, none, a shipped name or a file."
         ),
         click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, mps."),
+        click.option(
+            "--unpack-memory",
+            type=Memory(none=True),
+            help="For weights of a quantised base unpacked while answers are written, e.g. 2GB; 0: none.  "
+            "[default: half of what is free]",
+        ),
         click.option(
             "--quantize",
             type=click.Choice(["auto", "none", "blocks", "int8", "nf4"]),

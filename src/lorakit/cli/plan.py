@@ -3,33 +3,19 @@
 from __future__ import annotations
 
 import functools
-import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from lorakit.cli.common import FILE_VALUES, config_options, console, emit, verb
+from lorakit.cli.common import FILE_VALUES, Memory, config_options, console, emit, verb
 from lorakit.errors import ConfigError
 from lorakit.training.config import TrainConfig
 
 if TYPE_CHECKING:
     from lorakit.training.planning import RunPlan, Setting
 
-_UNITS = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
 _NO_DATA = "no data"
-
-
-class _Memory(click.ParamType[int]):
-    """An amount of memory: 16GB, 800MB, or bytes."""
-
-    name = "amount"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        match = re.fullmatch(r"\s*([\d.]+)\s*([kmgt]?)i?b?\s*", str(value).lower())
-        if match is None or float(match[1]) <= 0:
-            self.fail(f"{value!r} is no amount of memory; write 16GB or 800MB", param, ctx)
-        return int(float(match[1]) * _UNITS[match[2]])
 
 
 def data_or_length(function: Callable[..., None]) -> Callable[..., None]:
@@ -56,7 +42,7 @@ def data_or_length(function: Callable[..., None]) -> Callable[..., None]:
 
 
 @verb("plan")
-@click.option("--memory", type=_Memory(), help="Memory there is, e.g. 16GB; by default what is available here.")
+@click.option("--memory", type=Memory(), help="Memory there is, e.g. 16GB; by default what is available here.")
 @click.option("--length", type=click.IntRange(2), help="Without DATA: rows of this many tokens, all of them trained.")
 @click.option(
     "--steps_timed",

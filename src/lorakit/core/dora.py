@@ -20,6 +20,7 @@ from lorakit.core.deltas import LoRA
 from lorakit.core.kernels import LoRAOperands
 from lorakit.core.sites import Site
 from lorakit.errors import AdapterError
+from lorakit.quant.tensor import as_dense
 
 _AT_ONCE = 1 << 22  # elements of a weight that are widened at a time
 
@@ -53,6 +54,7 @@ def row_norms(weight: torch.Tensor, A: torch.Tensor, B: torch.Tensor, s: float) 
         gram = A @ A.mT  # (groups, r, r)
         for group, own in enumerate(weight.detach().chunk(groups)):  # each (outputs, columns)
             for W, factor in zip(torch.split(own, rows), torch.split(B[group], rows), strict=True):
+                W = as_dense(W)  # read twice
                 along = 2 * s * (W.to(wide) @ A[group].T) + s * s * (factor @ gram[group])  # (rows, r)
                 squares.append(torch.linalg.vector_norm(W, dim=1, dtype=wide).square_() + (along * factor).sum(1))
     # rounding can make the square of a row that is almost zero negative, and a row of zeros has no direction

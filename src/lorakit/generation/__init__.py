@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from lorakit import models
+from lorakit import machine, models
+from lorakit.core.unpacked import unpacked
 from lorakit.errors import ConfigError
 from lorakit.generation.sampling import RowSampler
 
@@ -46,6 +47,7 @@ def generate(
     seed: int = 0,
     batch_size: int = 32,
     stop_ids: frozenset[int] | None = None,
+    unpack_memory: int | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> list[Completion]:
     """Complete many prompts.
@@ -61,6 +63,7 @@ def generate(
         seed: determines the draws, together with the row's number and the step.
         batch_size: largest number of rows at once; fewer where rows are long (`BATCH_TOKENS`).
         stop_ids: ids at which a row ends; None asks `models.stop_ids`.
+        unpack_memory: see `decoding`.
         on_progress: called with (rows done, rows in all) after each batch.
 
     Returns:
@@ -74,16 +77,17 @@ def generate(
     _check_prompts(model, prompts, max_new_tokens)
     stop = models.stop_ids(model, tokenizer) if stop_ids is None else stop_ids
     results: dict[int, Completion] = {}
-    for rows in _batches([len(prompt) for prompt in prompts], max_new_tokens, batch_size):
-        sampler = None
-        if temperature > 0:
-            longest = len(prompts[rows[-1]])
-            sampler = RowSampler(seed, rows, longest, max_new_tokens, temperature, top_p)
-        new = _decode(model, [prompts[row] for row in rows], max_new_tokens, stop, sampler)
-        for row, ids in zip(rows, new, strict=True):
-            results[row] = _completion(tokenizer, ids, stop)
-        if on_progress is not None:
-            on_progress(len(results), len(prompts))
+    with decoding(model, unpack_memory):
+        for rows in _batches([len(prompt) for prompt in prompts], max_new_tokens, batch_size):
+            sampler = None
+            if temperature > 0:
+                longest = len(prompts[rows[-1]])
+                sampler = RowSampler(seed, rows, longest, max_new_tokens, temperature, top_p)
+            new = _decode(model, [prompts[row] for row in rows], max_new_tokens, stop, sampler)
+            for row, ids in zip(rows, new, strict=True):
+                results[row] = _completion(tokenizer, ids, stop)
+            if on_progress is not None:
+                on_progress(len(results), len(prompts))
     return [results[row] for row in range(len(prompts))]
 
 
@@ -98,6 +102,7 @@ def stream(
     top_p: float = 1.0,
     seed: int = 0,
     stop_ids: frozenset[int] | None = None,
+    unpack_memory: int | None = None,
 ) -> Completion:
     """Complete one prompt and hand over its text word by word while it is written; otherwise as `generate`."""
     from transformers import TextStreamer
@@ -115,8 +120,32 @@ def stream(
     stop = models.stop_ids(model, tokenizer) if stop_ids is None else stop_ids
     sampler = RowSampler(seed, [0], len(prompt), max_new_tokens, temperature, top_p) if temperature > 0 else None
     caller = Caller(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    (ids,) = _decode(model, [prompt], max_new_tokens, stop, sampler, streamer=caller)
+    with decoding(model, unpack_memory):
+        (ids,) = _decode(model, [prompt], max_new_tokens, stop, sampler, streamer=caller)
     return _completion(tokenizer, ids, stop)
+
+
+@contextlib.contextmanager
+def decoding(model: Any, unpack_memory: int | None = None) -> Iterator[None]:
+    """Within the block a quantised base decodes by dense weights, as many as the memory given holds: unpacking all of
+    them for every token takes many times as long as the token. Of a dense base nothing changes.
+
+    `generate` and `stream` enter it by themselves; around several calls it is entered once, and they are given 0.
+
+    Args:
+        model: as in `generate`.
+        unpack_memory: bytes for weights unpacked, let go behind the block; 0: none. None: half of what is free on the
+            model's device, and none where the system does not say what is.
+
+    Raises:
+        ConfigError: less than nothing.
+    """
+    if unpack_memory is None:
+        unpack_memory = (machine.free_memory(model.get_input_embeddings().weight.device) or 0) // 2
+    if unpack_memory < 0:
+        raise ConfigError(f"unpack_memory: bytes, at least 0 (got {unpack_memory})")
+    with unpacked(model, unpack_memory):
+        yield
 
 
 def _batches(lengths: Sequence[int], max_new_tokens: int, batch_size: int) -> Iterator[list[int]]:

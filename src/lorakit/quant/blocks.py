@@ -24,21 +24,21 @@ class Blocks:
         name: ggml's name for it.
         elements: columns in a block.
         bytes: of a block.
-        unpack: (n, bytes) uint8 -> (n, elements) fp32.
+        numbers: writes what (n, bytes) uint8 stand for into (n, elements) fp32.
         pack: the other way, to the nearest of what the format can hold; None: lorakit does not write the format.
     """
 
     name: str
     elements: int
     bytes: int
-    unpack: Callable[[torch.Tensor], torch.Tensor]
+    numbers: Callable[[torch.Tensor, torch.Tensor], None]
     pack: Callable[[torch.Tensor], torch.Tensor] | None = None
 
-    def dense(self, parts: Parts, columns: int) -> torch.Tensor:
-        """As `Format.dense`."""
+    def unpack(self, parts: Parts, out: torch.Tensor) -> None:
+        """As `Format.unpack`."""
         (packed,) = parts
-        assert packed.shape[1] * self.elements == columns * self.bytes, "rows are whole blocks"
-        return self.unpack(packed.reshape(-1, self.bytes)).view(len(packed), columns)
+        assert packed.shape[1] * self.elements == out.shape[1] * self.bytes, "rows are whole blocks"
+        self.numbers(packed.reshape(-1, self.bytes), out.view(-1, self.elements))
 
     def quantise(self, matrix: torch.Tensor) -> Parts:
         """As `Format.quantise`, for rows of whole blocks; gguf-py's choice of scales and quants.
@@ -51,9 +51,16 @@ class Blocks:
         return (self.pack(matrix.detach().float().reshape(-1, self.elements)).view(len(matrix), -1),)
 
 
-def _halves(field: torch.Tensor) -> torch.Tensor:
-    """(n, 2 k) bytes -> (n, k) fp32 from fp16."""
-    return field.view(torch.float16).float()
+def _half(blocks: torch.Tensor, at: int) -> torch.Tensor:
+    """(n, 1) fp32 from the fp16 at a byte of each block; two beside each other by one conversion take six times as
+    long.
+    """
+    return blocks[:, at : at + 2].view(torch.float16).float()
+
+
+def _words(fields: torch.Tensor) -> torch.Tensor:
+    """Bytes, eight at a time: what shifts them must leave no bit that passes into the next."""
+    return fields.view(torch.int64)
 
 
 def _fields(packed: torch.Tensor, bits: int, width: int) -> torch.Tensor:
@@ -70,14 +77,17 @@ def _fields(packed: torch.Tensor, bits: int, width: int) -> torch.Tensor:
     return torch.stack(fields, 2).view(torch.uint8)
 
 
-def _top_bits(packed: torch.Tensor) -> torch.Tensor:
-    """Bits in the order of a little-endian word: (n, 4) -> (n, 32) uint8."""
-    places = torch.arange(8, dtype=torch.uint8, device=packed.device)
-    return ((packed.unsqueeze(2) >> places) & 1).flatten(1)
+_FIFTH_BITS = ((torch.arange(256).unsqueeze(1) >> torch.arange(8)) & 1).to(torch.uint8) * 16  # (256, 8), by byte
+
+
+def _fifth_bits(packed: torch.Tensor) -> torch.Tensor:
+    """Bits in the order of a little-endian word, each as the fifth of a byte: (n, 4) -> (n, 32) uint8."""
+    table = _words(_FIFTH_BITS.to(packed.device)).view(-1)
+    return table.index_select(0, packed.reshape(-1).int()).view(torch.uint8).view(-1, 32)
 
 
 def _bytes_of(scales: torch.Tensor) -> torch.Tensor:
-    """Undo `_halves`."""
+    """Undo `_half`."""
     return scales.half().view(torch.uint8)
 
 
@@ -87,7 +97,7 @@ def _nibbles(q: torch.Tensor) -> torch.Tensor:
 
 
 def _word(bits: torch.Tensor) -> torch.Tensor:
-    """Undo `_top_bits`."""
+    """Undo `_fifth_bits`."""
     places = torch.arange(8, dtype=torch.uint8, device=bits.device)
     return (bits.view(-1, 4, 8) << places).sum(2, dtype=torch.uint8)
 
@@ -139,49 +149,47 @@ def _to_q8_0(x: torch.Tensor) -> torch.Tensor:
     return torch.cat((_bytes_of(d), q.to(torch.int8).view(torch.uint8)), 1)
 
 
-def _q4_0(b: torch.Tensor) -> torch.Tensor:
-    q = _fields(b[:, 2:], 4, 16).flatten(1).float()
-    return q.sub_(8).mul_(_halves(b[:, :2]))
+def _q4_0(b: torch.Tensor, out: torch.Tensor) -> None:
+    q = _fields(b[:, 2:], 4, 16).flatten(1).view(torch.int8)
+    out.copy_(q.sub_(8)).mul_(_half(b, 0))
 
 
-def _q4_1(b: torch.Tensor) -> torch.Tensor:
-    scales = _halves(b[:, :4])
-    q = _fields(b[:, 4:], 4, 16).flatten(1).float()
-    return q.mul_(scales[:, :1]).add_(scales[:, 1:])
+def _q4_1(b: torch.Tensor, out: torch.Tensor) -> None:
+    q = _fields(b[:, 4:], 4, 16).flatten(1)
+    out.copy_(q).mul_(_half(b, 0)).add_(_half(b, 2))
 
 
-def _q5_0(b: torch.Tensor) -> torch.Tensor:
-    q = _fields(b[:, 6:], 4, 16).flatten(1) | (_top_bits(b[:, 2:6]) << 4)
-    return q.float().sub_(16).mul_(_halves(b[:, :2]))
+def _q5_0(b: torch.Tensor, out: torch.Tensor) -> None:
+    q = _fields(b[:, 6:], 4, 16).flatten(1).bitwise_or_(_fifth_bits(b[:, 2:6])).view(torch.int8)
+    out.copy_(q.sub_(16)).mul_(_half(b, 0))
 
 
-def _q5_1(b: torch.Tensor) -> torch.Tensor:
-    scales = _halves(b[:, :4])
-    q = _fields(b[:, 8:], 4, 16).flatten(1) | (_top_bits(b[:, 4:8]) << 4)
-    return q.float().mul_(scales[:, :1]).add_(scales[:, 1:])
+def _q5_1(b: torch.Tensor, out: torch.Tensor) -> None:
+    q = _fields(b[:, 8:], 4, 16).flatten(1).bitwise_or_(_fifth_bits(b[:, 4:8]))
+    out.copy_(q).mul_(_half(b, 0)).add_(_half(b, 2))
 
 
-def _q8_0(b: torch.Tensor) -> torch.Tensor:
-    return b[:, 2:].view(torch.int8).float().mul_(_halves(b[:, :2]))
+def _q8_0(b: torch.Tensor, out: torch.Tensor) -> None:
+    out.copy_(b[:, 2:].view(torch.int8)).mul_(_half(b, 0))
 
 
-def _q2_k(b: torch.Tensor) -> torch.Tensor:
-    scales, ends = b[:, :16], _halves(b[:, 80:84])
-    d = (ends[:, :1] * (scales & 15).float()).unsqueeze(2)  # (n, 16, 1)
-    least = (ends[:, 1:] * (scales >> 4).float()).unsqueeze(2)
-    q = _fields(b[:, 16:80], 2, 32).reshape(-1, 16, 16).float()
-    return q.mul_(d).sub_(least).flatten(1)
+def _q2_k(b: torch.Tensor, out: torch.Tensor) -> None:
+    scales = b[:, :16]
+    d = (_half(b, 80) * (scales & 15).float()).unsqueeze(2)  # (n, 16, 1)
+    least = (_half(b, 82) * (scales >> 4).float()).unsqueeze(2)
+    q = _fields(b[:, 16:80], 2, 32).view(-1, 16, 16)
+    out.view(-1, 16, 16).copy_(q).mul_(d).sub_(least)
 
 
-def _q3_k(b: torch.Tensor) -> torch.Tensor:
+def _q3_k(b: torch.Tensor, out: torch.Tensor) -> None:
     low, high = b[:, 96:104], b[:, 104:108]  # of the 16 scales: 4 bits each, then 2 bits each
     low = torch.cat((low & 15, low >> 4), 1)
     high = torch.cat([(high >> shift) & 3 for shift in (0, 2, 4, 6)], 1)
     scales = (low | (high << 4)).float().sub_(32)
-    d = (_halves(b[:, 108:110]) * scales).unsqueeze(2)  # (n, 16, 1)
-    q = _fields(b[:, 32:96], 2, 32).reshape(-1, 16, 16)
-    top = _fields(b[:, :32], 1, 32).reshape(-1, 16, 16)
-    return (q | (top << 2)).float().sub_(4).mul_(d).flatten(1)  # a set bit means "no 4 taken off"
+    d = (_half(b, 108) * scales).unsqueeze(2)  # (n, 16, 1)
+    q, top = (_fields(b[:, 32:96], 2, 32).view(len(b), -1), _fields(b[:, :32], 1, 32).view(len(b), -1))
+    q = q.bitwise_or_(_words(top).bitwise_left_shift_(2).view(torch.uint8)).view(torch.int8).sub_(4)  # no bit: 4 less
+    out.view(-1, 16, 16).copy_(q.view(-1, 16, 16)).mul_(d)
 
 
 def _scales_and_least(packed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -192,24 +200,24 @@ def _scales_and_least(packed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]
     return scales.float(), least.float()
 
 
-def _q4_k(b: torch.Tensor) -> torch.Tensor:
-    ends = _halves(b[:, :4])
+def _q4_k(b: torch.Tensor, out: torch.Tensor) -> None:
     scales, least = _scales_and_least(b[:, 4:16])
-    q = _fields(b[:, 16:], 4, 32).flatten(1, 2).float()  # (n, 8, 32)
-    return q.mul_((ends[:, :1] * scales).unsqueeze(2)).sub_((ends[:, 1:] * least).unsqueeze(2)).flatten(1)
+    q = _fields(b[:, 16:], 4, 32).flatten(1, 2)  # (n, 8, 32)
+    out.view(q.shape).copy_(q).mul_((_half(b, 0) * scales).unsqueeze(2)).sub_((_half(b, 2) * least).unsqueeze(2))
 
 
-def _q5_k(b: torch.Tensor) -> torch.Tensor:
-    ends = _halves(b[:, :4])
+def _q5_k(b: torch.Tensor, out: torch.Tensor) -> None:
     scales, least = _scales_and_least(b[:, 4:16])
-    q = _fields(b[:, 48:], 4, 32).flatten(1, 2) | (_fields(b[:, 16:48], 1, 32).flatten(1, 2) << 4)
-    return q.float().mul_((ends[:, :1] * scales).unsqueeze(2)).sub_((ends[:, 1:] * least).unsqueeze(2)).flatten(1)
+    q, top = _fields(b[:, 48:], 4, 32).flatten(1, 2), _fields(b[:, 16:48], 1, 32)  # (n, 8, 32)
+    q = q.bitwise_or_(_words(top).bitwise_left_shift_(4).view(torch.uint8).view(q.shape))
+    out.view(q.shape).copy_(q).mul_((_half(b, 0) * scales).unsqueeze(2)).sub_((_half(b, 2) * least).unsqueeze(2))
 
 
-def _q6_k(b: torch.Tensor) -> torch.Tensor:
-    d = (_halves(b[:, 208:]) * b[:, 192:208].view(torch.int8).float()).unsqueeze(2)  # (n, 16, 1)
-    q = _fields(b[:, :128], 4, 64).reshape(-1, 8, 32) | (_fields(b[:, 128:192], 2, 32).flatten(1, 2) << 4)
-    return q.reshape(-1, 16, 16).float().sub_(32).mul_(d).flatten(1)
+def _q6_k(b: torch.Tensor, out: torch.Tensor) -> None:
+    d = (_half(b, 208) * b[:, 192:208].view(torch.int8).float()).unsqueeze(2)  # (n, 16, 1)
+    q, top = _fields(b[:, :128], 4, 64).view(len(b), -1), _fields(b[:, 128:192], 2, 32).view(len(b), -1)
+    q = q.bitwise_or_(_words(top).bitwise_left_shift_(4).view(torch.uint8)).view(torch.int8).sub_(32)
+    out.view(-1, 16, 16).copy_(q.view(-1, 16, 16)).mul_(d)
 
 
 BLOCKS: dict[str, Blocks] = {

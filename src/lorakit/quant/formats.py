@@ -18,15 +18,12 @@ class Format(Protocol):
         """As users and files call it."""
         ...
 
-    def dense(self, parts: Parts, columns: int) -> torch.Tensor:
-        """The numbers of some rows.
+    def unpack(self, parts: Parts, out: torch.Tensor) -> None:
+        """Write the numbers of some rows.
 
         Args:
             parts: of those rows.
-            columns: of the matrix.
-
-        Returns:
-            (rows, columns), fp32.
+            out: (rows, columns), fp32, in one piece.
         """
         ...
 

@@ -22,7 +22,7 @@ class Int8:
         codes = torch.where(scale > 0, wide / scale, 0).round_().to(torch.int8)
         return codes, scale
 
-    def dense(self, parts: Parts, columns: int) -> torch.Tensor:
-        """As `Format.dense`."""
+    def unpack(self, parts: Parts, out: torch.Tensor) -> None:
+        """As `Format.unpack`."""
         codes, scale = parts
-        return codes.float().mul_(scale)
+        out.copy_(codes).mul_(scale)

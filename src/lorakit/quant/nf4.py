@@ -34,6 +34,9 @@ LEVELS = (
     0.7229568362236023,
     1.0,
 )
+_PAIRS = torch.stack(
+    (torch.tensor(LEVELS).repeat(16), torch.tensor(LEVELS).repeat_interleave(16)), 1
+)  # (256, 2), by byte
 
 
 @dataclass(frozen=True)
@@ -59,12 +62,14 @@ class NF4:
         )
         return codes[:, 0::2] | (codes[:, 1::2] << 4), stored, step
 
-    def dense(self, parts: Parts, columns: int) -> torch.Tensor:
-        """As `Format.dense`."""
+    def unpack(self, parts: Parts, out: torch.Tensor) -> None:
+        """As `Format.unpack`."""
         codes, stored, step = parts
-        levels = torch.tensor(LEVELS, device=codes.device)
-        pairs = torch.stack((levels.repeat(16), levels.repeat_interleave(16)), 1)  # (256, 2), by byte
+        whole = out.shape[1] == stored.shape[1] * BLOCK
+        values = out if whole else out.new_empty(len(out), stored.shape[1] * BLOCK)
         # a pair is looked up as one number of eight bytes: a third of the time of a row of two
-        values = torch.index_select(pairs.view(torch.int64).view(-1), 0, codes.reshape(-1).int()).view(torch.float32)
-        values = values.view(*stored.shape, BLOCK)
-        return values.mul_((stored.float() * step).unsqueeze(2)).flatten(1)[:, :columns]
+        pairs = _PAIRS.to(codes.device).view(torch.int64).view(-1)
+        torch.index_select(pairs, 0, codes.reshape(-1).int(), out=values.view(torch.int64).view(-1))
+        values.view(*stored.shape, BLOCK).mul_((stored.float() * step).unsqueeze(2))
+        if not whole:
+            out.copy_(values[:, : out.shape[1]])

@@ -19,8 +19,8 @@ from lorakit.errors import AdapterError, ModelError
 from lorakit.quant.formats import Format, Parts
 
 AT_ONCE = 1 << 23
-"""Numbers of a matrix that are dense at one time: 32 MB in fp32, and as much again while they are unpacked."""
-_TILE = 1 << 17  # numbers unpacked at once: what an operation leaves is still in the processor's cache for the next one
+"""Numbers of a matrix that are dense at one time: 32 MB in fp32, and as many again while the next ones are unpacked."""
+_TILE = 1 << 18  # numbers unpacked at once: what an operation leaves is still in the processor's cache for the next one
 
 _aten = torch.ops.aten
 
@@ -76,10 +76,16 @@ class QuantizedTensor(torch.Tensor):
         """The whole matrix as a plain tensor, unpacked in fp32 and rounded to `dtype` (default: its own)."""
         rows = len(self.parts[0])
         matrix = torch.empty(rows, self.columns, dtype=dtype or self.dtype, device=self.device)
-        step = max(1, _TILE // self.columns)
-        for start in range(0, rows, step):
+        step = min(rows, max(1, _TILE // self.columns))
+        narrow = matrix.dtype != torch.float32
+        wide = matrix.new_empty(step, self.columns, dtype=torch.float32) if narrow else matrix
+        for start in range(0, rows, max(1, step)):
             tile = slice(start, start + step)
-            matrix[tile] = self.format.dense(tuple(part[tile] for part in self.parts), self.columns)
+            parts = tuple(part[tile] for part in self.parts)
+            numbers = wide[: len(parts[0])] if narrow else wide[tile]
+            self.format.unpack(parts, numbers)
+            if narrow:
+                matrix[tile] = numbers
         return matrix.t() if self.transposed else matrix
 
     def stored_rows(self, which: slice | torch.Tensor) -> QuantizedTensor:

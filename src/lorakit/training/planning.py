@@ -77,8 +77,12 @@ class Memory:
     @property
     def peak(self) -> int:
         """The most at one time."""
-        beside = self.process + self.held + self.weights + self.adapter + self.trunk
-        return beside + max(self.training, self.evaluation)
+        return self.process + self.held + self.weights + self.adapter + self.trunk + self.passing
+
+    @property
+    def passing(self) -> int:
+        """Of the peak, what comes and goes with a step or an evaluation."""
+        return max(self.training, self.evaluation)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +96,7 @@ class Setting:
         rows: that go through the model at once, at most.
         micro_batches: into which a step is divided, at most; their gradients are accumulated.
         peak: bytes.
+        passing: bytes of `peak` that come and go with a step or an evaluation.
         time: of a step, against the fastest setting without checkpointing; an estimate.
     """
 
@@ -101,6 +106,7 @@ class Setting:
     rows: int
     micro_batches: int
     peak: int
+    passing: int
     time: float
 
     def applied(self, config: TrainConfig) -> TrainConfig:
@@ -367,6 +373,7 @@ class Planner:
             rows=max(len(rows) for step in steps for rows in step),
             micro_batches=max(len(step) for step in steps),
             peak=memory.peak,
+            passing=memory.passing,
             time=(RECOMPUTING if checkpointing else 1.0) * _SMALLER**halved,
         )
 

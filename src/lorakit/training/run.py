@@ -159,7 +159,7 @@ def _train(config: TrainConfig, folder: Path, on_event: OnEvent) -> Run:
     on_event(DataReady(len(data.train.rows), len(data.valid.rows), data.lines()))
     plan = Plan.of(config, train_examples)
     config = resolved(config, device, plan, sum(len(example.ids) for example in valid_examples))
-    config = _made_to_fit(config, data, on_event)
+    config, passing = _made_to_fit(config, data, on_event)
 
     on_event(Phase("loading the model"))
     machine.keep_few_kernels()
@@ -178,7 +178,9 @@ def _train(config: TrainConfig, folder: Path, on_event: OnEvent) -> Run:
 
     write_text(folder / "run.yaml", _located(config, folder).to_yaml())
     write_json(folder / "data.json", data.statistics())
-    samples = _Samples(folder / "samples.json", model, chat, _sample_prompts(config.samples, data, chat, model))
+    samples = _Samples(
+        folder / "samples.json", model, chat, _sample_prompts(config.samples, data, chat, model), passing // 2
+    )
     with subject.untrained():
         samples.take("before", on_event)
 
@@ -237,9 +239,12 @@ def read(config: TrainConfig) -> Data:
     )
 
 
-def _made_to_fit(config: TrainConfig, data: Data, on_event: OnEvent) -> TrainConfig:
+def _made_to_fit(config: TrainConfig, data: Data, on_event: OnEvent) -> tuple[TrainConfig, int]:
     """What goes through the model at once, and checkpointing, so that the run fits into the memory there is, where the
     config leaves it to us (`gradient_checkpointing` or `batch_size` auto); nothing is left open afterwards.
+
+    Returns:
+        (the config, bytes that come and go with a step; 0 where that cannot be told)
 
     Raises:
         RunError: nothing would fit; says what it takes.
@@ -252,7 +257,7 @@ def _made_to_fit(config: TrainConfig, data: Data, on_event: OnEvent) -> TrainCon
         chosen = planner.chosen(limit)
     except ModelError as error:  # one that cannot be found is told when it is loaded
         on_event(Planned(None, limit, str(error)))
-        return _unplanned(config, data)
+        return _unplanned(config, data), 0
     if planner.left_open and limit is not None and chosen.peak > limit:
         kept = planner.trunk
         raise RunError(
@@ -271,7 +276,7 @@ def _made_to_fit(config: TrainConfig, data: Data, on_event: OnEvent) -> TrainCon
     if chosen.gradient_checkpointing and config.gradient_checkpointing == "auto":
         changed.append("checkpointing on")
     on_event(Planned(chosen.peak, limit, ", ".join(changed)))
-    return decided
+    return decided, chosen.passing
 
 
 def _unplanned(config: TrainConfig, data: Data) -> TrainConfig:
@@ -472,10 +477,19 @@ def _sample_prompts(number: int, data: Data, chat: ChatFormat, model: Any) -> li
 
 
 class _Samples:
-    """Answers to a few validation rows, kept in `samples.json`."""
+    """Answers to a few validation rows, kept in `samples.json`.
 
-    def __init__(self, path: Path, model: Any, chat: ChatFormat, prompts: Sequence[Prompt]) -> None:
+    Args:
+        path: of the file.
+        model: that is trained.
+        chat: the format of its conversations.
+        prompts: to answer.
+        unpack_memory: for weights of a quantised base, of what training takes in any case (`generation.decoding`).
+    """
+
+    def __init__(self, path: Path, model: Any, chat: ChatFormat, prompts: Sequence[Prompt], unpack_memory: int) -> None:
         self.path = path
+        self.unpack_memory = unpack_memory
         self.model = model
         self.chat = chat
         self.prompts = prompts
@@ -500,6 +514,7 @@ class _Samples:
                 [prompt.ids for prompt in self.prompts],
                 max_new_tokens=SAMPLE_TOKENS,
                 stop_ids=self.chat.stop_ids | stop_ids(self.model, self.chat.tokenizer),
+                unpack_memory=self.unpack_memory,
             )
             for row, answer in zip(self.rows, answers, strict=True):
                 row[when] = answer.text

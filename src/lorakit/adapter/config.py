@@ -25,6 +25,7 @@ _NITER = re.compile(r"pissa_niter_\d+")
 _INIT = pydantic.BeforeValidator(
     lambda value: "default" if value is True else value.casefold() if isinstance(value, str) else value
 )
+_NONE_IN_A_LIST = pydantic.BeforeValidator(lambda value: "none" if value in (("none",), ["none"]) else value)
 _NONE_IS_EMPTY = pydantic.BeforeValidator(lambda value: () if value is None else value)
 
 
@@ -72,10 +73,11 @@ class LoRAConfig(Config):
     dropout: float = 0.0
     """Probability of dropping an input element of A while training."""
 
-    target_modules: str | tuple[str, ...] = "all-linear"
-    """"all-linear" (every matrix-multiplying layer but the output head; not the stacked weights of experts), a list of
-    names matched against the end of module paths ("q_proj", "self_attn.q_proj"), or one string: a regular expression
-    that must match whole paths. A MultiheadAttention means both its projections; `exclude_modules` takes one out."""
+    target_modules: Annotated[str | tuple[str, ...], _NONE_IN_A_LIST] = "all-linear"
+    """"all-linear" (every matrix-multiplying layer but the output head; not the stacked weights of experts), "none" (no
+    layer, for a soft prompt alone), a list of names matched against the end
+    of module paths ("q_proj", "self_attn.q_proj"), or one string: a regular expression that must match whole paths. A
+    MultiheadAttention means both its projections; `exclude_modules` takes one out."""
 
     target_parameters: Annotated[tuple[str, ...], _NONE_IS_EMPTY] = ()
     """Stacked weights of experts (3-D parameters, one matrix an expert), and other parameters of two or three
@@ -164,6 +166,11 @@ class LoRAConfig(Config):
             found.append(f"dropout: must be in [0, 1) (got {self.dropout})")
         found += [f"rank_pattern[{k!r}]: must be at least 1 (got {v})" for k, v in self.rank_pattern.items() if v < 1]
         found += [f"alpha_pattern[{k!r}]: must be positive (got {v})" for k, v in self.alpha_pattern.items() if v <= 0]
+        if self.target_modules == "none":
+            others = ("target_parameters", "exclude_modules", "layers", "rank_pattern", "alpha_pattern")
+            beside = [name for name in (*others, "modules_to_save", "trainable_tokens") if getattr(self, name)]
+            beside += ["bias"] if self.bias != "none" else []
+            found += [f"{name}: has no meaning with target_modules none; name layers, or leave it out" for name in beside]
         if not self.target_modules and not self.target_parameters:
             found.append('target_modules: is empty; name layers or use "all-linear"')
         if self.lora_bias and self.init not in ("default", "random"):

@@ -79,6 +79,8 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> Targets:
             problems.append(
                 f"target_modules 'all-linear': no linear layer in {type(model).__name__}; name modules instead"
             )
+    elif config.target_modules == "none":
+        chosen = []
     else:
         named = set(_match_names(config.target_modules, candidates, "target_modules", problems))
         named |= {f"{path}.out_proj" for path in named if is_attention(candidates[path])}  # as PEFT means it
@@ -95,7 +97,7 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> Targets:
         chosen = [path for path in chosen if path not in excluded]
     if config.layers is not None:
         chosen = _only_layers(chosen, config.layers, problems)
-    if not chosen and not problems:
+    if not chosen and not problems and config.target_modules != "none":
         problems.append("no layer is left to adapt after exclude_modules and layers")
     ranks = _match_patterns(config.rank_pattern, chosen, "rank_pattern", problems)
     alphas = _match_patterns(config.alpha_pattern, chosen, "alpha_pattern", problems)
@@ -140,6 +142,12 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> Targets:
 def output_head(model: nn.Module) -> nn.Module | None:
     """The layer that makes a language model's logits (which "all-linear" leaves out), if the model names one."""
     getter = getattr(model, "get_output_embeddings", None)
+    return getter() if callable(getter) else None
+
+
+def input_embedding(model: nn.Module) -> nn.Module | None:
+    """The table that token ids are looked up in, if the model names one."""
+    getter = getattr(model, "get_input_embeddings", None)
     return getter() if callable(getter) else None
 
 
@@ -288,8 +296,7 @@ def _embedding_and_tied(
     """Paths of the input embedding and of the linear layers that have its weight too."""
     if not tokens:
         return ()
-    getter = getattr(model, "get_input_embeddings", None)
-    named = getter() if callable(getter) else None
+    named = input_embedding(model)
     embeddings = [path for path, m in modules.items() if isinstance(m, nn.Embedding) and named in (None, m)]
     if len(embeddings) != 1:
         problems.append(

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from lorakit.adapter.attach import first_tokens, virtual_tokens
 from lorakit.data.batches import collate, plan_steps
 from lorakit.data.chat import Example
 from lorakit.errors import NonFiniteLossError, RunError, bullet_list
@@ -170,7 +171,7 @@ def fit(
         on_event(Checkpointed(cursor.step, path))
 
     steps = plan.steps(cursor.step)
-    longest = max(len(example.ids) for example in (*train, *valid))
+    longest = virtual_tokens(model) + max(len(example.ids) for example in (*train, *valid))
     trunk = _trunk(model, (*train, *valid), config, folder, on_event)
     with stop_request() as stop, ready(model, longest, config.frozen_products) as share, trunk:
         while True:
@@ -291,12 +292,12 @@ def accumulate(
     """
     device = next(model.parameters()).device
     labelled = sum(sum(examples[i].trained) for indices in micro_batches for i in indices)
-    sums = []
+    sums, first = [], first_tokens(model)
     was_training = model.training
     model.train()
     try:
         for number, indices in enumerate(micro_batches):
-            batch = collate(examples, indices, share=share).to(device)
+            batch = collate(examples, indices, share=share, first=first).to(device)
             with seeded(device, seed, step, number):
                 loss_sum = Predictions.of(model, batch).loss_sum()
                 torch.autograd.backward(scaler.scale(loss_sum / labelled))

@@ -85,6 +85,16 @@ class PromptConfig(Config):
         return self.soft_prompt == "prefix"
 
     @property
+    def in_rows(self) -> int:
+        """How many virtual tokens go through the model with every row: none of a prefix, nor where there is no prompt."""
+        return self.virtual_tokens if self.soft_prompt in ("prompt", "p_tuning") else 0
+
+    @property
+    def in_context(self) -> int:
+        """How many tokens of the context virtual tokens take."""
+        return 0 if self.soft_prompt == "none" else self.virtual_tokens
+
+    @property
     def encoder(self) -> Literal["none", "mlp", "lstm"]:
         """`prompt_encoder` without auto."""
         if self.prompt_encoder == "auto":

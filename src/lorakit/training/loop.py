@@ -65,7 +65,7 @@ class Plan:
         """The plan that a config makes of the training examples."""
         rows_per_step = config.batch_size * config.gradient_accumulation_steps
         total = config.max_steps or math.ceil(config.epochs * math.ceil(len(examples) / rows_per_step))
-        lengths = tuple(len(example.ids) for example in examples)
+        lengths = tuple(config.prompt.in_rows + len(example.ids) for example in examples)
         return cls(lengths, config.seed, rows_per_step, config.micro_batch_tokens, total)
 
     @property
@@ -109,6 +109,8 @@ def fit(
     identity: Mapping[str, Any],
     fixed: Mapping[str, torch.Tensor] = MappingProxyType({}),
     output_side: AbstractSet[str] = frozenset(),
+    prompt_side: AbstractSet[str] = frozenset(),
+    untrained: Callable[[], AbstractContextManager[None]] = nullcontext,
     checkpoint: Checkpoint | None = None,
     on_event: OnEvent = lambda event: None,
     on_best: Callable[[], None] = lambda: None,
@@ -128,6 +130,9 @@ def fit(
         identity: what the run is of, recorded in each checkpoint's manifest.
         fixed: what the adapter holds besides, recorded in each checkpoint.
         output_side: names of tensors that LoRA+ gives a higher rate.
+        prompt_side: names of a soft prompt's tensors, which have a rate of their own.
+        untrained: makes the model its base for the evaluation before the first step, where the adapter changes it from
+            the start.
         checkpoint: where to go on; None begins anew.
         on_event: told of each step, evaluation and checkpoint.
         on_best: called while the model holds an adapter better than all before.
@@ -139,7 +144,7 @@ def fit(
     assert config.save_steps is not None
     plan = Plan.of(config, train)
     device = next(model.parameters()).device
-    optimizer = make_optimizer(config, tensors, output_side)
+    optimizer = make_optimizer(config, tensors, output_side, prompt_side)
     scaler = make_scaler(resolve_dtype(config.dtype, device), device)
     metrics = JsonLines(folder / "metrics.jsonl")
     cursor, best = Cursor(), {}
@@ -181,7 +186,8 @@ def fit(
             if evaluation_due and cursor.evaluated_step != cursor.step and not stop:
                 on_event(Phase("evaluating"))
                 start = time.perf_counter()
-                loss, _ = mean_loss(model, valid, micro_batch_tokens=config.micro_batch_tokens)
+                with untrained() if cursor.step == 0 else nullcontext():
+                    loss, _ = mean_loss(model, valid, micro_batch_tokens=config.micro_batch_tokens)
                 better = _take_evaluation(cursor, loss)
                 if better:
                     best = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
@@ -218,6 +224,8 @@ def fit(
             row = {"step": cursor.step, "loss": loss, "lr": rate, "grad_norm": norm if math.isfinite(norm) else None}
             if config.loraplus_lr_ratio is not None:
                 row["lr_B"] = rate * config.loraplus_lr_ratio
+            if config.prompt_lr_ratio != 1.0:
+                row["lr_prompt"] = rate * config.prompt_lr_ratio
             write({**row, "tokens": tokens, "seconds": round(seconds, 4)})
             on_event(StepDone(cursor.step, plan.total_steps, loss, rate, tokens, seconds))
     finished = stopped_early or (at_end and cursor.evaluated_step == cursor.step)

@@ -108,9 +108,10 @@ def _evaluated(
     was_training = model.training
     model.eval()
     try:
-        virtual, first = virtual_tokens(model), first_tokens(model)
-        lengths = [virtual + len(example.ids) for example in examples]
-        with fused(model), packed_attention(model, max(lengths)) as packs:
+        first = first_tokens(model)
+        lengths = [len(first) + len(example.ids) for example in examples]
+        longest = virtual_tokens(model) + max(len(example.ids) for example in examples)
+        with fused(model), packed_attention(model, longest) as packs:
             for indices in plan_evaluation(lengths, micro_batch_tokens=micro_batch_tokens):
                 batch = collate(examples, indices, share=packs, first=first).to(device)
                 yield batch, Predictions.of(model, batch).token_losses()

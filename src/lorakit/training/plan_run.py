@@ -49,8 +49,8 @@ def plan_run(
     if not steps_timed or not plan.fits or not here:
         return plan
     machine.keep_freed_memory()
-    model, _ = load_model(config.model, config.dtype, config.device, config.quantize)
-    attach(model, config.lora)
+    model, tokenizer = load_model(config.model, config.dtype, config.device, config.quantize)
+    attach(model, config.lora, prompt=config.prompt, tokenizer=tokenizer)
     return timed(plan, config, model, train, valid, steps=steps_timed)
 
 

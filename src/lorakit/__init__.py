@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from lorakit.adapter.attach import attach as attach
     from lorakit.adapter.combine import combine as combine
     from lorakit.adapter.config import LoRAConfig as LoRAConfig
+    from lorakit.adapter.prompt_config import PromptConfig as PromptConfig
     from lorakit.adapter.starts import Starts as Starts
     from lorakit.adapter.starts import starts_from_data as starts_from_data
     from lorakit.adapter.value import Adapter as Adapter
@@ -33,6 +34,7 @@ _PUBLIC = {
     "AttachedAdapters": "lorakit.adapter.attach",
     "LoRAConfig": "lorakit.adapter.config",
     "LorakitError": "lorakit.errors",
+    "PromptConfig": "lorakit.adapter.prompt_config",
     "Run": "lorakit.training.run",
     "Starts": "lorakit.adapter.starts",
     "TrainConfig": "lorakit.training.config",

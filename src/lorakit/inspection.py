@@ -91,6 +91,7 @@ def figures(adapter: Adapter, spectrum: Spectrum) -> dict[str, Any]:
         "bias": config.bias,
         "lora_bias": config.lora_bias,
         "modules_to_save": list(config.modules_to_save),
+        "soft_prompt": None if adapter.prompt is None else adapter.prompt.config.soft_prompt,
         "metadata": dict(adapter.metadata),
         "spectrum": spectrum.to_dict(),
         "summed_effective_rank": math.fsum(layer.effective_rank for layer in spectrum.layers.values()),
@@ -115,6 +116,9 @@ def write_page(path: str | Path, name: str, adapter: Adapter, spectrum: Spectrum
         {"label": "Parameters", "value": count(summary["parameters"]), "detail": size(summary["bytes"])},
         {"label": "Norm of the update", "value": f"{spectrum.frobenius_norm:.3g}", "detail": "all layers together"},
     ]
+    if adapter.prompt is not None:
+        kind = adapter.prompt.config.soft_prompt
+        tiles.append({"label": "Virtual tokens", "value": f"{adapter.prompt.length:,}", "detail": kind})
     contents = {
         "name": name,
         "subtitle": f"made on {adapter.base.name}" if adapter.base and adapter.base.name else "of an unnamed base",

@@ -21,7 +21,7 @@ from lorakit.checkpoints.folder import Checkpoint, NotStreamableError, Quantised
 from lorakit.checkpoints.gguf import GgufCheckpoint, GgufWeights, holds_blocks
 from lorakit.errors import ConfigError, ModelError, bullet_list, nearest
 from lorakit.formats import recognise
-from lorakit.formats.peft import base_name
+from lorakit.formats.peft import base_name, is_folder
 from lorakit.gguf_cache import converted_gguf, described_gguf, quiet, refuse_missing
 from lorakit.quantised_base import (
     QUANTIZERS,
@@ -134,15 +134,14 @@ def _model_folder(path: Path) -> Path:
     """The folder, if it holds a model."""
     if (path / "config.json").is_file():
         return path.resolve()
-    adapter_config = path / "adapter_config.json"
-    if adapter_config.is_file():
+    if is_folder(path):
         base = adapter_base(path)
         use = f"--model {base} --adapter {path}" if base else f"--adapter {path} and name its base with --model"
         raise ModelError(f"{path} is an adapter, not a base model. Use {use}")
     ggufs = sorted(path.glob("*.gguf"))
     if ggufs:
         raise ModelError(f"{path} has no config.json; name the .gguf file itself: {', '.join(map(str, ggufs))}")
-    if (path / "best" / "adapter_config.json").is_file():
+    if is_folder(path / "best"):
         raise ModelError(f"{path} is a run folder, not a base model; its adapter is {path / 'best'}")
     raise ModelError(f"{path} is not a model: it has no config.json")
 
@@ -155,14 +154,13 @@ def adapter_base(folder: str | Path) -> str | None:
         FileError: a file of it cannot be read.
     """
     folder = Path(folder).expanduser()
-    path = folder / "adapter_config.json"
-    if not path.is_file():
+    if not is_folder(folder):
         if not folder.exists():
             raise ModelError(f"{folder}: no such file or folder{_did_you_mean(folder)}")
         if folder.is_file():
             raise ModelError(f"{folder}: a file that names no base model; name it with --model")
-        inside = folder / "best" / "adapter_config.json"
-        hint = f"; it is a run folder, whose adapter is {inside.parent}" if inside.is_file() else _did_you_mean(folder)
+        best = folder / "best"
+        hint = f"; it is a run folder, whose adapter is {best}" if is_folder(best) else _did_you_mean(folder)
         raise ModelError(f"{folder} is not an adapter folder: it has no adapter_config.json{hint}")
     return base_name(folder)
 
@@ -480,7 +478,7 @@ def load_tokenizer(spec: str | Path) -> Any:
         ModelError: neither is to be had.
     """
     folder = Path(spec).expanduser()
-    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+    if is_folder(folder) and not (folder / "config.json").is_file():
         if (folder / "tokenizer_config.json").is_file():
             return _load_tokenizer(ModelSource(str(spec), "folder", str(folder.resolve())))
         base = adapter_base(folder)

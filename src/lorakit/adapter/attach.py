@@ -13,14 +13,17 @@ from torch import nn
 
 from lorakit.adapter import fingerprint, folding
 from lorakit.adapter.config import LoRAConfig
+from lorakit.adapter.entering import Prompts
 from lorakit.adapter.folding import FoldReport
-from lorakit.adapter.resident import Resident, Update, updates_for
+from lorakit.adapter.prompt_config import PromptConfig
+from lorakit.adapter.resident import Asked, Resident, Update, updates_for
 from lorakit.adapter.starts import Starts
 from lorakit.adapter.updates import mixin_for
-from lorakit.adapter.value import Adapter, BaseInfo
+from lorakit.adapter.value import NO_LAYERS, Adapter, BaseInfo
 from lorakit.core.active import NOTHING, ActiveState, Route, Selection
 from lorakit.core.deltas import StackedUpdate
 from lorakit.core.layer import AdaptedModule, base_modules, base_parameters, batch_dim, fuse_again, unfuse
+from lorakit.core.prompts import SoftPrompt
 from lorakit.errors import AdapterError, nearest
 
 _HANDLE = "_lorakit"
@@ -28,9 +31,11 @@ _HANDLE = "_lorakit"
 
 def attach(
     model: nn.Module,
-    adapter: LoRAConfig | Starts | Adapter | str | Path,
+    adapter: LoRAConfig | PromptConfig | Starts | Adapter | str | Path,
     name: str = "default",
     *,
+    prompt: PromptConfig | None = None,
+    tokenizer: Any = None,
     trainable: bool | None = None,
     seed: int = 0,
     check_base: bool = True,
@@ -41,8 +46,10 @@ def attach(
     Args:
         model: any `nn.Module` with layers that multiply.
         adapter: a config (a fresh adapter, whose update is zero), one with `Starts` from data, an `Adapter`, or the
-        path of a saved one.
+        path of a saved one. A `PromptConfig` is a soft prompt alone.
         name: any non-empty string.
+        prompt: a soft prompt beside a fresh adapter's low-rank updates. It changes the model before the first step.
+        tokenizer: for a soft prompt that begins as text.
         trainable: whether its tensors require gradients; None: a fresh one yes, a loaded one no.
         seed: determines the initial values, together with each layer's path.
         check_base: refuse an adapter that was made on another base.
@@ -50,13 +57,14 @@ def attach(
     Raises:
         AdapterError: the model has adapters already.
         TargetError: the config names what is not in the model or cannot be adapted; the model is untouched.
+        ConfigError: a soft prompt that begins as text, and no tokenizer.
         AdapterMismatchError: the saved adapter does not fit; the model is untouched.
         AdapterFileError: the file is damaged or not an adapter.
     """
     if _HANDLE in model.__dict__:
         raise AdapterError("this model has adapters already; add more with lorakit.adapters(model).add(name, config)")
     handle = AttachedAdapters(model)
-    handle.add(name, adapter, trainable=trainable, seed=seed, check_base=check_base)
+    handle.add(name, adapter, prompt=prompt, tokenizer=tokenizer, trainable=trainable, seed=seed, check_base=check_base)
     handle._enter_model()
     handle.activate(name)
     return handle
@@ -68,24 +76,96 @@ def adapters(model: nn.Module) -> AttachedAdapters:
     Raises:
         AdapterError: it has no adapters.
     """
-    handle = model.__dict__.get(_HANDLE)
+    handle = _handle_of(model)
     if handle is None:
         raise AdapterError(f"this {type(model).__name__} has no adapters; lorakit.attach(model, config) gives it one")
-    return cast("AttachedAdapters", handle)
+    return handle
 
 
 @contextlib.contextmanager
 def base_only(model: nn.Module) -> Iterator[None]:
     """Within the block `model` is its base, whether it has adapters or not."""
-    handle = model.__dict__.get(_HANDLE)
+    handle = _handle_of(model)
     with contextlib.nullcontext() if handle is None else handle.disabled():
         yield
+
+
+def soft_prompt_of(model: nn.Module) -> SoftPrompt | None:
+    """The soft prompt that every row of a pass of `model` now has.
+
+    Raises:
+        AdapterError: inside `route`, where each row has its own.
+    """
+    handle = _handle_of(model)
+    return None if handle is None else handle.prompts.of_all()
+
+
+def first_tokens(model: nn.Module) -> tuple[int, ...]:
+    """The virtual tokens with which every row of `model`, as ids, now begins: of a prompt that is embeddings (a prefix
+    is in no row). Errors as in `soft_prompt_of`.
+    """
+    prompt = soft_prompt_of(model)
+    return () if prompt is None or prompt.is_prefix else tuple(prompt.ids)
+
+
+def virtual_tokens(model: nn.Module) -> int:
+    """How many virtual tokens every row of `model` now has, which take that much of its context. Errors as in
+    `soft_prompt_of`.
+    """
+    prompt = soft_prompt_of(model)
+    return 0 if prompt is None else prompt.length
+
+
+def virtual_tokens_of_rows(model: nn.Module, rows: int) -> list[int]:
+    """The same for each row of a batch, on a route or not.
+
+    Raises:
+        AdapterError: the route is of another number of rows.
+    """
+    handle = _handle_of(model)
+    prompts = [None] * rows if handle is None else handle.prompts.of_rows(rows)
+    return [0 if prompt is None else prompt.length for prompt in prompts]
+
+
+def has_prefix(model: nn.Module) -> bool:
+    """Whether any row of `model` now has a prefix."""
+    handle = _handle_of(model)
+    return handle is not None and handle.prompts.prefix_in_use
+
+
+def with_virtual_tokens(model: nn.Module, ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A batch as `model` is to be given it now: ids and mask (rows, n), with the columns of its virtual tokens. Errors
+    as in `virtual_tokens_of_rows`.
+    """
+    handle = _handle_of(model)
+    return (ids, mask) if handle is None else handle.prompts.before(ids, mask)
+
+
+@contextlib.contextmanager
+def without_soft_prompt(model: nn.Module) -> Iterator[None]:
+    """Within the block no adapter is in use if one that is has a soft prompt; else all stays as it is."""
+    handle = _handle_of(model)
+    with handle.disabled() if handle is not None and handle.prompts.in_use else contextlib.nullcontext():
+        yield
+
+
+@contextlib.contextmanager
+def rows_only(model: nn.Module, rows: Sequence[int]) -> Iterator[None]:
+    """Within the block a route of `model`, if it runs in one, is of these of its rows alone, in this order."""
+    handle = _handle_of(model)
+    with contextlib.nullcontext() if handle is None else handle.rows_only(rows):
+        yield
+
+
+def _handle_of(model: nn.Module) -> AttachedAdapters | None:
+    return model.__dict__.get(_HANDLE)
 
 
 class AttachedAdapters:
     """All adapters of one model, by name. Made by `attach`; `adapters(model)` finds it again.
 
     Attributes:
+        prompts: their soft prompts.
         state_class: of what all adapted layers share.
         dressed: class an adapted module is given -> a subclass of it to give instead, on which a facade shows its own
         names.
@@ -97,6 +177,7 @@ class AttachedAdapters:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self._state = self.state_class()
+        self.prompts = Prompts(model, self._state)
         self._residents: dict[str, Resident] = {}
         self._slots = 0
         self._base_flags: list[tuple[nn.Parameter, bool]] = []
@@ -132,7 +213,8 @@ class AttachedAdapters:
         Holds for all threads; inside `disabled` or `route`, for the rest of the block.
 
         Raises:
-            AdapterError: an unknown name (with the nearest), or a weight that is not finite.
+            AdapterError: an unknown name (with the nearest), a weight that is not finite, two soft prompts, or one
+            whose weight is not 1.
         """
         self._refuse_while_merged("activate")
         if which is None:
@@ -146,9 +228,9 @@ class AttachedAdapters:
         bad = [f"{name}: {weight}" for name, weight in weights.items() if not math.isfinite(weight)]
         if bad:
             raise AdapterError(f"weights must be finite numbers: {', '.join(bad)}")
-        self._state.choose(
-            Selection(tuple((self._resident(name).slot, float(weight)) for name, weight in weights.items()))
-        )
+        selection = Selection(tuple((self._resident(name).slot, float(weight)) for name, weight in weights.items()))
+        self._refuse_sum_of_prompts(selection)
+        self._state.choose(selection)
 
     @contextlib.contextmanager
     def disabled(self) -> Iterator[None]:
@@ -193,6 +275,46 @@ class AttachedAdapters:
                 yield
         finally:
             hook.remove()
+
+    @contextlib.contextmanager
+    def rows_only(self, rows: Sequence[int]) -> Iterator[None]:
+        """Within the block a running route is of these of its rows alone, in this order; without a route, nothing
+        changes.
+
+        Raises:
+            AdapterError: an adapter of the route is gone.
+        """
+        selection = self._state.current()
+        if not isinstance(selection, Route):
+            yield
+            return
+        by_slot = {resident.slot: name for name, resident in self._residents.items()}
+        slots = [selection.slots[row] for row in rows]
+        if set(slots) - {None, *by_slot}:
+            raise AdapterError("an adapter of this route was removed or replaced; enter route() again")
+        with self.route([None if slot is None else by_slot[slot] for slot in slots]):
+            yield
+
+    def prompted(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+        """A batch with the virtual tokens of the soft prompts in use before its rows: arguments for `model(...)` and
+        `model.generate(...)` of transformers. (`lorakit.generate` and training put them there themselves.)
+
+        Logits stand for as many more tokens as the rows have got, a prefix's excepted. With a prefix on a model whose
+        attention has a sliding window, rows must be of equal length once a batch is longer than that.
+
+        Args:
+            input_ids: (rows, n), shorter rows filled up on either side.
+            attention_mask: (rows, n) 1 where there is a token; None: everywhere.
+
+        Returns:
+            `input_ids` and `attention_mask`.
+
+        Raises:
+            AdapterError: inside a route of another number of rows.
+        """
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        ids, mask = self.prompts.before(input_ids, mask)
+        return {"input_ids": ids, "attention_mask": mask}
 
     # ------------------------------------------------------------ folded in
 
@@ -260,8 +382,10 @@ class AttachedAdapters:
     def add(
         self,
         name: str,
-        adapter: LoRAConfig | Starts | Adapter | str | Path,
+        adapter: LoRAConfig | PromptConfig | Starts | Adapter | str | Path,
         *,
+        prompt: PromptConfig | None = None,
+        tokenizer: Any = None,
         trainable: bool | None = None,
         seed: int = 0,
         check_base: bool = True,
@@ -272,6 +396,8 @@ class AttachedAdapters:
         Args:
             name: any non-empty string.
             adapter: as in `attach`.
+            prompt: as in `attach`.
+            tokenizer: as in `attach`.
             trainable: as in `attach`.
             seed: as in `attach`.
             check_base: as in `attach`.
@@ -291,27 +417,59 @@ class AttachedAdapters:
             )
         if isinstance(adapter, str | Path):
             adapter = Adapter.load(adapter, model=self.model)
+        if isinstance(adapter, PromptConfig):
+            if prompt is not None:
+                raise AdapterError("two soft prompts, as adapter and as prompt: an adapter has one")
+            adapter, prompt = NO_LAYERS, adapter
+        if isinstance(adapter, Adapter):
+            if prompt is not None:
+                raise AdapterError("prompt: is for a fresh adapter; a saved one has its own soft prompt, or none")
+            prompt = None if adapter.prompt is None else adapter.prompt.config
         if not isinstance(adapter, Adapter | LoRAConfig | Starts):
             raise AdapterError(
-                f"an adapter is a LoRAConfig (a fresh one), an Adapter or a path, not {type(adapter).__name__}"
+                f"an adapter is a LoRAConfig or PromptConfig (a fresh one), an Adapter or a path, not "
+                f"{type(adapter).__name__}"
                 + ("; LoRAConfig.from_dict makes a config of a dict" if isinstance(adapter, dict) else "")
             )
         modules = dict(base_modules(self.model))
         fresh = isinstance(adapter, LoRAConfig | Starts)
         here = None if fresh or not check_base else self.base_info()
-        config, kinds, updates = updates_for(self.model, adapter, modules, seed=seed, here=here)
+        with self.disabled():  # a prefix begins as what the base keeps of tokens
+            asked = Asked.of(self.model, prompt, modules, tokenizer)
+            config, kinds, updates = updates_for(self.model, adapter, modules, seed=seed, here=here, asked=asked)
+        if not updates:
+            raise AdapterError(
+                f"{name!r}: nothing is to be trained: target_modules is none, and there is no soft prompt"
+            )
         before = self._residents.get(name)
         self._freeze_base()
-        resident = Resident(config, str(self._slots), kinds)
+        resident = Resident(config, str(self._slots), kinds, None if asked is None else asked.config)
         self._slots += 1
         self._put(resident, updates, modules, trainable=fresh if trainable is None else trainable)
         self._residents[name] = resident
+        if asked is not None and resident.prompt is not None:
+            self.prompts.add(resident.slot, resident.prompt, asked.place.vocabulary)
         if before is not None:
-            chosen = self._state.everywhere.weights
-            self._state.everywhere = Selection(
-                tuple((resident.slot if slot == before.slot else slot, weight) for slot, weight in chosen)
-            )
-            before.take_out()
+            self._exchange(before, resident, name)
+
+    def _exchange(self, before: Resident, resident: Resident, name: str) -> None:
+        """Let an adapter take another one's place, in what is active too.
+
+        Raises:
+            AdapterError: its soft prompt cannot be used there; the other one stays, and it is gone again.
+        """
+        chosen = self._state.everywhere.weights
+        exchanged = Selection(
+            tuple((resident.slot if slot == before.slot else slot, weight) for slot, weight in chosen)
+        )
+        try:
+            self._refuse_sum_of_prompts(exchanged)
+        except AdapterError:
+            self._residents[name] = before
+            self._take_out(resident)
+            raise
+        self._state.everywhere = exchanged
+        self._take_out(before)
 
     def load(
         self,
@@ -338,7 +496,7 @@ class AttachedAdapters:
         chosen = self._state.everywhere.weights
         self._state.everywhere = Selection(tuple((slot, w) for slot, w in chosen if slot != resident.slot))
         del self._residents[name]
-        resident.take_out()
+        self._take_out(resident)
         if not self._residents:
             fuse_again(self._unfused)
 
@@ -392,6 +550,10 @@ class AttachedAdapters:
         base = base_parameters(self.model).values()
         return [p for p in (*own, *base) if p.requires_grad]
 
+    def prompt_side(self, name: str = "default") -> frozenset[str]:
+        """Which of `trainable_tensors` are a soft prompt's."""
+        return self._resident(name).prompt_side()
+
     def summary(self) -> dict[str, Any]:
         """Counts for printing and JSON: base and trained parameters, and per adapter its layers, ranks and bytes."""
         trained = sum(p.numel() for p in self.trainable_parameters())
@@ -412,6 +574,25 @@ class AttachedAdapters:
 
     # ------------------------------------------------------------ inside
 
+    def _take_out(self, resident: Resident) -> None:
+        self.prompts.remove(resident.slot)
+        resident.take_out()
+
+    def _refuse_sum_of_prompts(self, selection: Selection) -> None:
+        """Virtual tokens have no weight, and of two soft prompts neither comes first.
+
+        Raises:
+            AdapterError: the selection has several, or one with another weight than 1.
+        """
+        having = {slot: weight for slot, weight in selection.weights if slot in self.prompts}
+        names = ", ".join(repr(name) for name, resident in self._residents.items() if resident.slot in having)
+        if len(having) > 1:
+            raise AdapterError(f"{names} have a soft prompt each, and rows can begin with one: activate one of them")
+        if any(weight != 1.0 for weight in having.values()):
+            raise AdapterError(
+                f"{names} has a soft prompt, which has no weight but 1 (got {next(iter(having.values()))})"
+            )
+
     def _resident(self, name: str) -> Resident:
         if name not in self._residents:
             guess = nearest(name, self.names)
@@ -427,12 +608,17 @@ class AttachedAdapters:
         """What is active, to be folded in.
 
         Raises:
-            AdapterError: nothing is, or each row has its own.
+            AdapterError: nothing is, each row has its own, or a soft prompt is among it.
         """
         selection = self._state.current()
         if isinstance(selection, Route):
             raise AdapterError("inside route() each row has its own adapter, so none can be folded into the weights")
         folding.require_active(selection)
+        if self.prompts.in_use:
+            raise AdapterError(
+                "a soft prompt is active, which is no part of the weights and cannot be folded into them: take the "
+                "adapter apart (extract(name).without_prompt() and .prompt_alone()), merge the one and keep the other"
+            )
         return selection
 
     def _refuse_while_merged(self, what: str) -> None:

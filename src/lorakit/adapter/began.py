@@ -41,8 +41,9 @@ def residual_form(adapter: Adapter) -> tuple[Adapter, Adapter]:
         (A and B of rank r, the update -s B0 A0): base + second + first is base + adapter.
 
     Raises:
-        AdapterError: a layer of odd rank, or whole tensors, that stand for the adapter's own base.
+        AdapterError: a layer of odd rank, whole tensors, that stand for the adapter's own base, or a soft prompt.
     """
+    adapter.require_no_prompt("the residual form")
     odd = [f"{path}: rank {f.r // f.rank_shares}" for path, f in adapter.factors.items() if f.r // f.rank_shares % 2]
     if odd or not adapter.factors:
         raise AdapterError(

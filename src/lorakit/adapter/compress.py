@@ -73,7 +73,7 @@ class Truncated:
 def compress(adapter: Adapter, *, rank: int | None = None, energy: float | None = None) -> Truncated:
     """The nearest adapter of lower rank (Eckart-Young), with scale 1 (alpha = r) and balanced factors in fp32.
 
-    Biases and `modules_to_save` stay as they are, and so does what biases of B (`lora_bias`) do; the error is that of
+    Biases, `modules_to_save` and a soft prompt stay as they are, and so does what biases of B (`lora_bias`) do; the error is that of
     the weights' updates, since nothing of those is lost.
 
     Args:
@@ -93,7 +93,8 @@ def compress(adapter: Adapter, *, rank: int | None = None, energy: float | None 
         raise AdapterError(f"compress: energy is a share in (0, 1] (got {energy})")
     require_low_rank(adapter, "compress")
     if not adapter.factors:
-        raise AdapterError("compress: this adapter holds no low-rank update, only whole tensors")
+        only = "whole tensors" if adapter.prompt is None else f"a soft prompt, {adapter.prompt}"
+        raise AdapterError(f"compress: this adapter holds no low-rank update, only {only}")
     ranks = dict.fromkeys(adapter.factors, rank) if rank is not None else None
     return truncated(adapter, ranks=ranks, energy=energy).noted(
         "compressed", {"rank": rank} if energy is None else {"energy": energy}

@@ -28,7 +28,11 @@ _NITER = re.compile(r"pissa_niter_\d+")
 _INIT = pydantic.BeforeValidator(
     lambda value: "default" if value is True else value.casefold() if isinstance(value, str) else value
 )
-_ALL_LINEAR_ALONE = pydantic.BeforeValidator(lambda value: "all-linear" if value == ("all-linear",) else value)
+_ALONE = pydantic.BeforeValidator(
+    lambda value: (
+        value[0] if isinstance(value, list | tuple) and tuple(value) in (("all-linear",), ("none",)) else value
+    )
+)
 _NONE_IS_EMPTY = pydantic.BeforeValidator(lambda value: () if value is None else value)
 
 
@@ -76,13 +80,13 @@ class LoRAConfig(Config):
     dropout: float = 0.0
     """Probability of dropping an input element of A while training."""
 
-    target_modules: Annotated[str | tuple[str, ...], _ALL_LINEAR_ALONE] = "all-linear"
+    target_modules: Annotated[str | tuple[str, ...], _ALONE] = "all-linear"
     """What to adapt: presets, names, or both in a list; or one regular expression that must match whole paths. Presets:
     all-linear (every matrix-multiplying layer but the output head; not the stacked weights of experts), attention, mlp
     (feed-forward layers, those of shared experts too), experts (of a mixture: modules or stacked weights), embeddings
     (of tokens, and the output head), convolutions (but depthwise ones); lorakit targets shows them. Names are matched
     against the end of module paths (q_proj, self_attn.q_proj). A MultiheadAttention means both its projections;
-    exclude_modules takes one out."""
+    exclude_modules takes one out. none: no layer, for a soft prompt alone."""
 
     target_parameters: Annotated[tuple[str, ...], _NONE_IS_EMPTY] = ()
     """Stacked weights of experts (3-D parameters, one matrix an expert), and other parameters of two or three
@@ -171,6 +175,13 @@ class LoRAConfig(Config):
             found.append(f"dropout: must be in [0, 1) (got {self.dropout})")
         found += [f"rank_pattern[{k!r}]: must be at least 1 (got {v})" for k, v in self.rank_pattern.items() if v < 1]
         found += [f"alpha_pattern[{k!r}]: must be positive (got {v})" for k, v in self.alpha_pattern.items() if v <= 0]
+        if self.target_modules == "none":
+            others = ("target_parameters", "exclude_modules", "layers", "rank_pattern", "alpha_pattern")
+            beside = [name for name in (*others, "modules_to_save", "trainable_tokens") if getattr(self, name)]
+            beside += ["bias"] if self.bias != "none" else []
+            found += [
+                f"{name}: has no meaning with target_modules none; name layers, or leave it out" for name in beside
+            ]
         if not self.target_modules and not self.target_parameters:
             found.append(f"target_modules: is empty; name layers or presets ({', '.join(PRESETS)})")
         if self.lora_bias and self.init not in ("default", "random"):

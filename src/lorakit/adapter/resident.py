@@ -15,6 +15,8 @@ from torch import nn
 from lorakit.adapter.began import BEGAN, alpha_for_twice_the_rank, at_twice_the_rank
 from lorakit.adapter.config import LoRAConfig
 from lorakit.adapter.fit import refuse_mismatch, refuse_overlap
+from lorakit.adapter.prompt_config import PromptConfig
+from lorakit.adapter.prompts import PromptPlace, fresh_prompt, loaded_prompt, place_of, saved_prompt
 from lorakit.adapter.starts import Starts
 from lorakit.adapter.targets import find_targets
 from lorakit.adapter.updates import (
@@ -23,6 +25,7 @@ from lorakit.adapter.updates import (
     fresh_updates,
     loaded_replacement,
     loaded_updates,
+    seeded,
 )
 from lorakit.adapter.value import Adapter, BaseInfo, Factors
 from lorakit.core.active import ActiveState
@@ -30,9 +33,34 @@ from lorakit.core.attention import AdaptedAttention
 from lorakit.core.deltas import LayerUpdate, LoRA, Replacement, StackedUpdate, trainable
 from lorakit.core.dora import DoRA
 from lorakit.core.layer import AdaptedLayer, AdaptedModule, adapt, batch_dim_inside, restore
+from lorakit.core.prompts import SoftPrompt
 from lorakit.core.sites import site_of
 
 Update = LayerUpdate | Replacement
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A soft prompt that is to come into a model, with an adapter or alone.
+
+    Attributes:
+        config: of the prompt.
+        place: in the model.
+        tokenizer: for a fresh one that begins as text.
+    """
+
+    config: PromptConfig
+    place: PromptPlace
+    tokenizer: Any = None
+
+    @classmethod
+    def of(
+        cls, model: nn.Module, config: PromptConfig | None, modules: Mapping[str, nn.Module], tokenizer: Any
+    ) -> Asked | None:
+        """What a config asks for; None where that is nothing. Errors as in `place_of`."""
+        if config is None or config.soft_prompt == "none":
+            return None
+        return cls(config, place_of(model, config, modules), tokenizer)
 
 
 def updates_for(
@@ -42,6 +70,7 @@ def updates_for(
     *,
     seed: int,
     here: BaseInfo | None,
+    asked: Asked | None = None,
 ) -> tuple[LoRAConfig, dict[str, str], dict[str, Update]]:
     """What an adapter becomes in a model that it fits; the model is not touched.
 
@@ -51,6 +80,7 @@ def updates_for(
         modules: all of the model's by path, without what adapters hold.
         seed: of fresh updates.
         here: the base, where a value made on another is to be refused.
+        asked: its soft prompt, if it has one.
 
     Returns:
         (its config without presets, path of a low-rank update -> how its layer multiplies, path -> update)
@@ -61,25 +91,35 @@ def updates_for(
     """
     config = adapter if isinstance(adapter, LoRAConfig) else adapter.config
     targets = find_targets(model, config)
-    refuse_overlap(targets, modules)
+    place = None if asked is None else asked.place
+    refuse_overlap(targets, modules, place)
     if isinstance(adapter, Adapter):
-        refuse_mismatch(adapter, targets, modules, type(model).__name__, here)
+        refuse_mismatch(adapter, targets, modules, type(model).__name__, here, place)
         updates: dict[str, Update] = dict(loaded_updates(adapter, targets))
         updates |= {path: loaded_replacement(adapter, path, modules[path]) for path in targets.replaced}
     else:
         inits = adapter.inits if isinstance(adapter, Starts) else None
         updates = dict(fresh_updates(config, targets, modules, seed, inits))
         updates |= {path: fresh_replacement(modules[path]) for path in targets.replaced}
+    if asked is not None:
+        holder = updates.setdefault(asked.place.path, LayerUpdate())
+        assert isinstance(holder, LayerUpdate), "refuse_overlap refuses an embedding that is trained whole"
+        if isinstance(adapter, Adapter) and adapter.prompt is not None:
+            holder.prompt = loaded_prompt(adapter.prompt)
+        else:
+            generator = seeded(seed, "soft_prompt")
+            holder.prompt = fresh_prompt(model, asked.config, asked.place, generator, asked.tokenizer)
     return targets.config, {target.path: target.site.kind for target in targets.layers}, updates
 
 
 @dataclass
 class Resident:
-    """One adapter in the model: its config, its slot, the kinds of its factors, and the modules it changes."""
+    """One adapter in the model: its configs, its slot, the kinds of its factors, and the modules it changes."""
 
     config: LoRAConfig
     slot: str
     kinds: dict[str, str]  # path of a low-rank update -> Site.kind
+    prompt_config: PromptConfig | None = None
     modules: dict[str, AdaptedModule] = field(default_factory=dict)  # path -> module, in the model's order
 
     def put(
@@ -162,7 +202,7 @@ class Resident:
                 biases[path] = _copied(update.bias)
             if update.tokens is not None and not update.lent:
                 tokens[path] = _copied(update.tokens.rows)
-        config, metadata = self.config, {}
+        config, metadata, prompt = self.config, {}, self.prompt
         if config.from_start:
             metadata[BEGAN] = json.dumps({"init": config.init, "r": config.r})
             config = at_twice_the_rank(config)
@@ -173,8 +213,19 @@ class Resident:
             replaced=replaced,
             tokens=tokens,
             base=base,
+            prompt=saved_prompt(prompt, self.prompt_config) if prompt is not None and self.prompt_config else None,
             metadata=metadata,
         )
+
+    @property
+    def prompt(self) -> SoftPrompt | None:
+        """Its soft prompt, if it has one."""
+        return self._held_prompt()[1]
+
+    def _held_prompt(self) -> tuple[str, SoftPrompt | None]:
+        """(path of what holds it, it)."""
+        held = ((path, update.prompt) for path, update in self.updates() if isinstance(update, LayerUpdate))
+        return next((each for each in held if each[1] is not None), ("", None))
 
     def fixed_tensors(self) -> dict[str, torch.Tensor]:
         """What its update is computed from and is not trained, by stable names: where A and B began, if it counts from
@@ -205,18 +256,28 @@ class Resident:
         PEFT has it, but none of an embedding, where A is what begins as zero.
         """
         lookups = tuple(f"{path}." for path, kind in self.kinds.items() if kind == "embedding")
-        return frozenset(
-            name
-            for name, tensor in self.trainable_tensors().items()
-            if (name.endswith(".B") or tensor.ndim == 1) and not name.startswith(lookups)
+        return (
+            frozenset(
+                name
+                for name, tensor in self.trainable_tensors().items()
+                if (name.endswith(".B") or tensor.ndim == 1) and not name.startswith(lookups)
+            )
+            - self.prompt_side()
         )
+
+    def prompt_side(self) -> frozenset[str]:
+        """Names of the trained tensors of its soft prompt."""
+        path, prompt = self._held_prompt()
+        return frozenset() if prompt is None else frozenset(f"{path}.prompt.{n}" for n, _ in prompt.named_parameters())
 
     def summary(self) -> dict[str, Any]:
         """Counts for printing and JSON: layers, ranks, parameters, bytes."""
         tensors = self.trainable_tensors()
         loras = [lora for _, lora in self._loras()]
+        prompt = self.prompt
         return {
             "layers": len(loras),
+            "virtual_tokens": 0 if prompt is None else prompt.length,
             "ranks": sorted({lora.r for lora in loras}),
             "parameters": sum(p.numel() for p in tensors.values()),
             "bytes": sum(p.numel() * p.element_size() for p in tensors.values()),

@@ -97,7 +97,7 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> Targets:
         chosen = [path for path in chosen if path not in excluded]
     if config.layers is not None:
         chosen = _only_layers(chosen, config.layers, problems)
-    if not chosen and not problems:
+    if not chosen and not problems and config.target_modules != "none":
         problems.append("no layer is left to adapt after exclude_modules and layers")
     ranks = _match_patterns(config.rank_pattern, chosen, "rank_pattern", problems)
     alphas = _match_patterns(config.alpha_pattern, chosen, "alpha_pattern", problems)
@@ -139,6 +139,12 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> Targets:
     return Targets(tuple(layers), biases, tuple(replaced), tokens, config)
 
 
+def input_embedding(model: nn.Module) -> nn.Module | None:
+    """The table that token ids are looked up in, if the model names one."""
+    getter = getattr(model, "get_input_embeddings", None)
+    return getter() if callable(getter) else None
+
+
 def module_at(path: str, modules: Mapping[str, nn.Module]) -> nn.Module:
     """The module that holds what a path names: the module of that path, or the one whose parameter it is."""
     return modules[path] if path in modules else modules[path.rpartition(".")[0]]
@@ -153,6 +159,8 @@ def readers(paths: Iterable[str], modules: Mapping[str, nn.Module]) -> list[str]
 
 def _presets_and_names(targets: str | tuple[str, ...]) -> tuple[tuple[str, ...], str | tuple[str, ...]]:
     """The presets among `target_modules`, and the rest."""
+    if targets == "none":
+        return (), ()
     if isinstance(targets, str):
         return ((targets,), ()) if targets in PRESETS else ((), targets)
     return tuple(t for t in targets if t in PRESETS), tuple(t for t in targets if t not in PRESETS)
@@ -328,8 +336,7 @@ def _embedding_and_tied(
     """Paths of the input embedding and of the linear layers that have its weight too."""
     if not tokens:
         return ()
-    getter = getattr(model, "get_input_embeddings", None)
-    named = getter() if callable(getter) else None
+    named = input_embedding(model)
     embeddings = [path for path, m in modules.items() if isinstance(m, nn.Embedding) and named in (None, m)]
     if len(embeddings) != 1:
         problems.append(

@@ -35,6 +35,7 @@ def refuse_strangers(adapters: Sequence[Adapter], *, check_base: bool) -> None:
     first, problems = adapters[0], []
     for adapter in adapters:
         require_low_rank(adapter, "combine")
+        adapter.require_no_prompt("combine")
     for number, adapter in enumerate(adapters[1:], 2):
         if check_base:
             problems += [f"adapters 1 and {number}: {difference}" for difference in _other_base(first, adapter)]

@@ -17,6 +17,7 @@ from lorakit.core import initializers, lowrank
 from lorakit.core.attention import AdaptedAttention
 from lorakit.core.deltas import LayerUpdate, LoRA, Replacement, StackedUpdate, TokenRows
 from lorakit.core.dora import DoRA, row_norms
+from lorakit.core.embedding import AdaptedEmbedding
 from lorakit.core.experts import AdaptedExperts
 from lorakit.core.initializers import Init
 from lorakit.core.layer import AdaptedLayer, AdaptedModule, ReplacedModule, bias_name
@@ -225,6 +226,8 @@ def mixin_for(module: nn.Module, update: LayerUpdate | Replacement | StackedUpda
         return ReplacedModule
     if isinstance(update, StackedUpdate):
         return AdaptedExperts
+    if isinstance(module, nn.Embedding):
+        return AdaptedEmbedding
     return AdaptedAttention if isinstance(module, nn.MultiheadAttention) else AdaptedLayer
 
 

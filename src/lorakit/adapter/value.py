@@ -13,8 +13,10 @@ import torch
 from torch import nn
 
 from lorakit.adapter.config import LoRAConfig
+from lorakit.adapter.prompt_config import PromptConfig
 from lorakit.core import lowrank
 from lorakit.core.dora import dense_delta
+from lorakit.core.prompts import KeyValues
 from lorakit.errors import AdapterError, bullet_list, nearest
 
 if TYPE_CHECKING:
@@ -118,6 +120,44 @@ class Factors:
         return dense.T if self.kind == "embedding" else dense
 
 
+NO_LAYERS = LoRAConfig(target_modules="none")
+"""The config of an adapter that is a soft prompt alone."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Prompt:
+    """A soft prompt: p virtual tokens.
+
+    Attributes:
+        config: what it was made with. An encoder has done its work: what it made is here.
+        values: (p, d) embeddings; of a prefix (p, layers * 2 * heads * width), as `core.prompts.SoftPrompt` has them.
+        key_values: how a prefix is divided; else None.
+    """
+
+    config: PromptConfig
+    values: torch.Tensor
+    key_values: KeyValues | None = None
+
+    @property
+    def length(self) -> int:
+        """p."""
+        return len(self.values)
+
+    def __str__(self) -> str:
+        return f"{self.length} virtual tokens ({self.config.soft_prompt})"
+
+    def problems(self) -> list[str]:
+        """What cannot be a soft prompt."""
+        shape, found = tuple(self.values.shape), []
+        if self.values.ndim != 2 or 0 in shape or shape[0] != self.config.virtual_tokens:
+            found.append(f"prompt: values {shape} for {self.config.virtual_tokens} virtual tokens")
+        if self.config.is_prefix != (self.key_values is not None):
+            found.append(f"prompt: soft_prompt {self.config.soft_prompt} and key_values {self.key_values}")
+        elif self.key_values is not None and self.values.ndim == 2 and shape[1] != self.key_values.numbers:
+            found.append(f"prompt: values {shape}, and {self.key_values} has {self.key_values.numbers} a token")
+        return found
+
+
 @dataclass(frozen=True, kw_only=True)
 class BaseInfo:
     """Which base an adapter was made on; what `attach` checks.
@@ -152,6 +192,7 @@ class Adapter:
         biases: module path -> trained bias (the whole bias, not a difference).
         replaced: full parameter name, e.g. "classifier.weight" -> trained tensor (`modules_to_save`).
         tokens: module path of an embedding -> (n, dim) rows trained whole, those of `config.trainable_tokens`.
+        prompt: a soft prompt, if it has one.
         base: the base it was made on, if known.
         metadata: strings kept in the file, e.g. the version that wrote it.
     """
@@ -161,13 +202,15 @@ class Adapter:
     biases: Mapping[str, torch.Tensor] = field(default_factory=dict)
     replaced: Mapping[str, torch.Tensor] = field(default_factory=dict)
     tokens: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    prompt: Prompt | None = None
     base: BaseInfo | None = None
     metadata: Mapping[str, str] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         ranks = sorted({f.r for f in self.factors.values()})
         rank = "-".join(map(str, dict.fromkeys((ranks[0], ranks[-1])))) if ranks else "none"
-        return f"Adapter({len(self.factors)} layers, r={rank}, {self.nbytes / 1e6:.1f} MB)"
+        prompt = f", {self.prompt}" if self.prompt is not None else ""
+        return f"Adapter({len(self.factors)} layers, r={rank}{prompt}, {self.nbytes / 1e6:.1f} MB)"
 
     @classmethod
     def load(
@@ -238,11 +281,12 @@ class Adapter:
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Every tensor by a plain name: "<path>.A", ".B", ".B.bias", ".magnitude", ".bias" (the layer's own),
-        ".tokens", or the parameter's own name.
+        ".tokens", or the parameter's own name; "prompt" for a soft prompt's.
         """
         named = {f"{path}.{name}": t for path, f in self.factors.items() for name, t in f.tensors().items()}
         named |= {f"{path}.bias": bias for path, bias in self.biases.items()}
         named |= {f"{path}.tokens": rows for path, rows in self.tokens.items()}
+        named |= {} if self.prompt is None else {"prompt": self.prompt.values}
         return named | dict(self.replaced)
 
     def digest(self) -> str:
@@ -253,18 +297,54 @@ class Adapter:
             hasher.update(f"{path}|{f.kind}|{lowrank.scale(f.alpha, f.r, self.config.scaling)!r}\n".encode())
         if self.tokens:
             hasher.update(f"{list(self.config.trainable_tokens)}\n".encode())
+        if self.prompt is not None:
+            hasher.update(f"{self.prompt.config.soft_prompt}|{self.prompt.key_values}\n".encode())
         for name, tensor in sorted(self.tensors().items()):
             hasher.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}\n".encode())
             hasher.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
         return hasher.hexdigest()
+
+    def without_prompt(self) -> Self:
+        """What of it is weights: the same without its soft prompt.
+
+        Raises:
+            AdapterError: nothing would be left.
+        """
+        if self.config.target_modules == "none":
+            raise AdapterError(f"the adapter is a soft prompt alone ({self.prompt}): without it nothing is left")
+        return replace(self, prompt=None)
+
+    def prompt_alone(self) -> Adapter:
+        """Its soft prompt, for the same base.
+
+        Raises:
+            AdapterError: it has none.
+        """
+        if self.prompt is None:
+            raise AdapterError("the adapter has no soft prompt")
+        return Adapter(config=NO_LAYERS, prompt=self.prompt, base=self.base)
+
+    def require_no_prompt(self, what: str) -> None:
+        """Go on with an adapter that is weights alone.
+
+        Raises:
+            AdapterError: it has a soft prompt; begins with `what`.
+        """
+        if self.prompt is not None:
+            raise AdapterError(
+                f"{what}: works on changes of weights, and the adapter has a soft prompt besides ({self.prompt}); "
+                "without_prompt() and prompt_alone() take it apart"
+            )
 
     def scaled(self, factor: float) -> Self:
         """The same adapter with every low-rank update times `factor` (carried by B, so the result holds in any file
         format).
 
         Raises:
-            AdapterError: the adapter holds trained biases or modules, which cannot be scaled without the base.
+            AdapterError: the adapter holds trained biases or modules, which cannot be scaled without the base, or a
+            soft prompt.
         """
+        self.require_no_prompt("scaled")
         if self.config.delta == "dora":
             raise AdapterError(
                 "cannot scale DoRA's updates without the base; activate it with a weight instead: "
@@ -346,6 +426,7 @@ class Adapter:
             if f.A.ndim < 2 or rank_B == 0 or f.r % rank_B or (f.kind != "convolution" and rank_B != f.r):
                 problems.append(f"{path}: A {tuple(f.A.shape)} and B {tuple(f.B.shape)} do not belong together")
         problems += self._vector_problems()
+        problems += [] if self.prompt is None else self.prompt.problems()
         for name, tensor in self.tensors().items():
             if not tensor.is_floating_point():
                 if name in self.replaced:  # a buffer, e.g. a batch norm's count
@@ -360,7 +441,7 @@ class Adapter:
             for path, rows in self.tokens.items()
             if rows.ndim != 2 or len(rows) != len(self.config.trainable_tokens)
         ]
-        zero = self.factors and not self.biases and not self.replaced and not self.tokens
+        zero = self.factors and not (self.biases or self.replaced or self.tokens or self.prompt)
         if zero and not allow_zero and all(f.is_zero for f in self.factors.values()):
             problems.append("its update is zero in every layer: it was never trained, or its B was lost")
         if problems:
@@ -394,9 +475,10 @@ class Adapter:
         return problems
 
     def summary(self) -> dict[str, Any]:
-        """Layers, parameters, bytes, ranks: for printing and JSON."""
+        """Layers, virtual tokens, parameters, bytes, ranks: for printing and JSON."""
         return {
             "layers": len(self.factors),
+            "virtual_tokens": 0 if self.prompt is None else self.prompt.length,
             "parameters": sum(t.numel() for t in self.tensors().values()),
             "bytes": self.nbytes,
             "ranks": sorted({f.r for f in self.factors.values()}),

@@ -104,17 +104,21 @@ def fitting_prompt(subject: Subject, messages: Messages, opening: int, max_new_t
     Raises:
         ConfigError: the last turn alone does not fit.
     """
+    from lorakit.adapter.attach import virtual_tokens
+
     config: Any = subject.model.config.get_text_config(decoder=True)
     context = getattr(config, "max_position_embeddings", None)
+    virtual = virtual_tokens(subject.model)
+    soft = f", of which a soft prompt takes {virtual:,}" if virtual else ""
     removed = 0
     while True:
         ids = subject.chat_format.prompt_ids(messages)
-        if context is None or len(ids) + max_new_tokens <= context:
+        if context is None or virtual + len(ids) + max_new_tokens <= context:
             return ids, removed
         if len(messages) <= opening + 1:
             raise ConfigError(
                 f"{len(ids):,} tokens and --max-new-tokens {max_new_tokens:,} do not fit into the model's context of "
-                f"{context:,} tokens: write less, or lower --max-new-tokens"
+                f"{context:,} tokens{soft}: write less, or lower --max-new-tokens"
             )
         del messages[opening : opening + 2]  # a question and its answer
         removed += 2

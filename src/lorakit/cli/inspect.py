@@ -41,6 +41,8 @@ def command(adapter: str, by: str, top: int, html: str | None, as_json: bool) ->
     console.print(f"base     {told['base'] or 'not named'}")
     more = ", with biases of B (lora_bias)" if told["lora_bias"] else ""
     console.print(f"layers   {told['layers']:,}, rank {ranks}, scaling {told['scaling']}{more}")
+    if value.prompt is not None:
+        console.print(f"prompt   {value.prompt}, {count(value.prompt.values.numel())} parameters")
     if value.tokens:
         console.print(f"tokens   {len(value.config.trainable_tokens):,} rows of {', '.join(value.tokens)}")
     if value.biases or value.replaced:

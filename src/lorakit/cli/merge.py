@@ -83,6 +83,8 @@ def result_lines(result: Merge) -> Iterator[str]:
         yield f"       untied: {', '.join(report.untied)}"
     if not result.tokenizer:
         yield "       no tokenizer: the base has none; put its files beside the model to use it"
+    if result.prompt is not None:
+        yield f"prompt the soft prompt is no part of weights and stays an adapter: {result.prompt}"
     if proof is None:
         yield "proof  none (--no-verify)"
     else:
@@ -95,4 +97,5 @@ def result_lines(result: Merge) -> Iterator[str]:
     for metric, (adapter, merged) in result.scores.items():
         yield f"       {metric} {adapter:.4f} with the adapter, {merged:.4f} merged"
     yield f"done   {result.output} in {result.seconds:.0f} s; certificate {CERTIFICATE}"
-    yield f"next   lorakit chat --model {result.output}    lorakit eval DATA --model {result.output}"
+    using = f"--model {result.output}" + (f" --adapter {result.prompt}" if result.prompt is not None else "")
+    yield f"next   lorakit chat {using}    lorakit eval DATA {using}"

@@ -148,12 +148,13 @@ def trunk_line(event: TrunkKept) -> str:
 
 def model_line(event: ModelReady) -> str:
     """`model  494M parameters, bf16 on cpu; 168 layers adapted, r=16: 8.8M trained (1.8%)`."""
-    if not event.layers:
+    if not event.layers and not event.virtual_tokens:
         return f"model  {count(event.parameters)} parameters, {event.dtype} on {event.device}; all of them trained"
     ranks = "-".join(str(r) for r in dict.fromkeys((event.ranks[0], event.ranks[-1]))) if event.ranks else "none"
     products = "" if event.products == "exact" else f", {event.products} in steps"
+    what = [f"{event.layers} layers adapted, r={ranks}"] if event.layers else []
+    what += [f"{event.virtual_tokens} virtual tokens"] if event.virtual_tokens else []
     return (
         f"model  {count(event.parameters)} parameters, {event.dtype}{products} on {event.device}; "
-        f"{event.layers} layers adapted, "
-        f"r={ranks}: {count(event.trained)} trained ({event.trained / event.parameters:.1%})"
+        f"{', '.join(what)}: {count(event.trained)} trained ({event.trained / event.parameters:.1%})"
     )

@@ -88,8 +88,7 @@ def closing_lines(run: Run) -> list[str]:
             f"next   lorakit chat --model {run.model}    lorakit eval DATA --model {run.model}    "
             f"lorakit extract {run.model} --base BASE --rank 16 --output ADAPTER",
         ]
-    return [
-        *lines,
-        f"next   lorakit chat --adapter {run.adapter}    lorakit eval DATA --adapter {run.adapter}    "
-        f"lorakit merge --adapter {run.adapter} --output MODEL",
-    ]
+    verbs = [f"chat --adapter {run.adapter}", f"eval DATA --adapter {run.adapter}"]
+    # a soft prompt alone is no part of weights
+    verbs += [f"merge --adapter {run.adapter} --output MODEL"] if run.adapted_layers else []
+    return [*lines, "next   " + "    ".join(f"lorakit {each}" for each in verbs)]

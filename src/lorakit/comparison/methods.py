@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lorakit.adapter.config import LoRAConfig
+from lorakit.adapter.prompt_config import PromptConfig
 from lorakit.config import plain_value
 from lorakit.errors import ConfigError, nearest
 
-# name -> settings of TrainConfig; those of the adapter under "lora"
+# name -> settings of TrainConfig; those of the adapter under "lora", of a soft prompt under "prompt"
 METHODS: dict[str, dict[str, Any]] = {
     "lora": {},
     "rslora": {"lora": {"scaling": "rslora"}},
@@ -25,6 +26,10 @@ METHODS: dict[str, dict[str, Any]] = {
     "loraplus": {"loraplus_lr_ratio": 16.0},
     "attention": {"lora": {"target_modules": "attention"}},
     "mlp": {"lora": {"target_modules": "mlp"}},
+    "prompt": {"lora": {"target_modules": "none"}, "prompt": {"soft_prompt": "prompt"}},
+    "prefix": {"lora": {"target_modules": "none"}, "prompt": {"soft_prompt": "prefix"}},
+    "lora_prompt": {"prompt": {"soft_prompt": "prompt"}},
+    "lora_prefix": {"prompt": {"soft_prompt": "prefix"}},
     "full": {"method": "full"},
 }
 
@@ -43,7 +48,8 @@ class Method:
 
 
 def parse_method(text: str) -> Method:
-    """A method from `name` or `name:setting=value:...`, settings being those of a LoRAConfig or a TrainConfig.
+    """A method from `name` or `name:setting=value:...`, settings being those of a LoRAConfig, a PromptConfig or a
+    TrainConfig.
 
     >>> parse_method("lora:r=64").settings
     {'lora': {'r': 64}}
@@ -63,8 +69,13 @@ def parse_method(text: str) -> Method:
         key, equals, value = part.partition("=")
         if not equals:
             raise ConfigError(f"methods: {text!r}: {part!r} is no setting=value")
-        spelled = LoRAConfig.aliases.get(key, key)
-        of_adapter = spelled in LoRAConfig.__dataclass_fields__ or spelled in LoRAConfig.switches
-        place = settings.setdefault("lora", {}) if of_adapter else settings
+        sections = {"lora": LoRAConfig, "prompt": PromptConfig}
+        section = next((name for name, config in sections.items() if _is_setting(key, config)), None)
+        place = settings if section is None else settings.setdefault(section, {})
         place[key] = plain_value(value)
     return Method(text, settings)
+
+
+def _is_setting(key: str, config: type[LoRAConfig] | type[PromptConfig]) -> bool:
+    spelled = config.aliases.get(key, key)
+    return spelled in config.__dataclass_fields__ or spelled in config.switches

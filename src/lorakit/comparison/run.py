@@ -173,9 +173,11 @@ def _own_rate(settings: Mapping[str, Any], method: Method) -> float:
 
 def _config(settings: Mapping[str, Any], method: Method, rate: float | None, seed: int, output: Path) -> TrainConfig:
     own = dict(method.settings)
-    if "lora" in settings and method.settings.get("method") != "full":
-        own["lora"] = {**settings["lora"], **own.get("lora", {})}
-    shared = {key: value for key, value in settings.items() if key != "lora"}
+    sections = ("lora", "prompt")
+    for name in sections if method.settings.get("method") != "full" else ():
+        if name in settings:
+            own[name] = {**settings[name], **own.get(name, {})}
+    shared = {key: value for key, value in settings.items() if key not in sections}
     values = {**shared, **own, "seed": seed, "output": str(output)}
     if rate is not None:
         values["learning_rate"] = rate

@@ -31,6 +31,11 @@ class Selection:
 
     weights: tuple[tuple[str, float], ...] = ()
 
+    @property
+    def slots_in_use(self) -> tuple[str, ...]:
+        """Slots of the adapters."""
+        return tuple(slot for slot, _ in self.weights)
+
 
 class Route:
     """One adapter, or none, for each row of a batch.
@@ -46,6 +51,11 @@ class Route:
         self.length: int | None = None
         self.stacks: dict[nn.Module, object] = {}
         self._places: dict[tuple[int, torch.device], dict[str, Rows]] = {}
+
+    @property
+    def slots_in_use(self) -> tuple[str, ...]:
+        """Slots of the adapters, each once."""
+        return tuple(slot for slot in dict.fromkeys(self.slots) if slot is not None)
 
     def places(self, x: torch.Tensor, where: str) -> dict[str, Rows]:
         """slot -> the places of its rows along the first dimension of a layer's input `x`: (rows, ...), or
@@ -66,8 +76,7 @@ class Route:
         if key not in self._places:
             self._places[key] = {
                 slot: _rows([i for i, own in enumerate(self.slots) if own == slot], repeat, x.device)
-                for slot in dict.fromkeys(self.slots)
-                if slot is not None
+                for slot in self.slots_in_use
             }
         return self._places[key]
 

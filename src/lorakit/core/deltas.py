@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lorakit.core import kernels, lowrank
+from lorakit.core.prompts import SoftPrompt
 from lorakit.core.sites import LinearSite, Site, TransposedLinearSite
 from lorakit.quant.tensor import QuantizedTensor
 
@@ -179,7 +180,10 @@ class LayerUpdate(nn.Module):
         bias: the whole new bias, not a difference.
         tokens: rows of an embedding; in the head tied to it, the very same module.
         lent: `tokens` are the embedding's, and stand there in files.
+        prompt: a soft prompt, which the input embedding holds.
     """
+
+    prompt: SoftPrompt | None
 
     def __init__(
         self,
@@ -194,6 +198,7 @@ class LayerUpdate(nn.Module):
         self.bias = None if bias is None else nn.Parameter(bias)
         self.tokens = tokens
         self.lent = lent
+        self.prompt = None
 
     @property
     def low_rank_alone(self) -> LoRA | None:
@@ -261,7 +266,7 @@ def call_replaced(
 
 def trainable(update: LayerUpdate | Replacement) -> Iterator[tuple[str, nn.Parameter]]:
     """The trainable tensors by the names that optimisers use: A, B, B.bias, magnitude, bias (the layer's own), tokens;
-    or the copy's own names.
+    or the copy's own names. Those of a soft prompt begin with "prompt.".
     """
     if isinstance(update, Replacement):
         yield from update.copy.named_parameters()
@@ -273,3 +278,6 @@ def trainable(update: LayerUpdate | Replacement) -> Iterator[tuple[str, nn.Param
         yield "bias", update.bias
     if update.tokens is not None and not update.lent:
         yield "tokens", update.tokens.rows
+    if update.prompt is not None:
+        for name, parameter in update.prompt.named_parameters():
+            yield f"prompt.{name}", parameter

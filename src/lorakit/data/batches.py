@@ -86,7 +86,9 @@ def row_places(lengths: Sequence[int], forks: Sequence[int]) -> list[torch.Tenso
     return places
 
 
-def collate(examples: Sequence[Example], indices: Sequence[int], *, share: bool = False) -> Batch:
+def collate(
+    examples: Sequence[Example], indices: Sequence[int], *, share: bool = False, first: Sequence[int] = ()
+) -> Batch:
     """Lay the examples at `indices` end to end.
 
     The first token of a row is never a target: nothing in its row predicts it, and the row before must not. What comes
@@ -99,19 +101,23 @@ def collate(examples: Sequence[Example], indices: Sequence[int], *, share: bool 
         share: let what rows begin with in common (a system prompt, a template, a whole question) stand once; the rows
             are laid in lexical order for it. Exact: causal attention makes a token's activations a function of the
             tokens before it, and their gradient is the sum over the rows that have them.
+        first: tokens that stand before every row: the virtual ones of a soft prompt.
     """
     assert all(examples[i].ids and not examples[i].trained[0] for i in indices), "a row is empty or trains its start"
     read = {i: read_ids(examples[i]) for i in indices}
     if share:
         indices = sorted(indices, key=lambda i: (read[i], i))
-    chosen = [read[i] for i in indices]
+    chosen = [[*first, *read[i]] for i in indices]
     forks = [0] * len(chosen)
     if share:
         forks[1:] = [_fork(before, row) for before, row in itertools.pairwise(chosen)]
     lengths = tuple(len(row) for row in chosen)
     places = row_places(lengths, forks)
     flags = [torch.tensor(examples[i].trained) for i in indices]
-    predict = torch.cat([place[flag[1:].nonzero().flatten()] for place, flag in zip(places, flags, strict=True)])
+    # a row's first token is no target even behind others
+    predict = torch.cat(
+        [place[len(first) :][flag[1:].nonzero().flatten()] for place, flag in zip(places, flags, strict=True)]
+    )
     different, source = torch.unique(predict, return_inverse=True)
     repeats = len(different) < len(predict)
     return Batch(

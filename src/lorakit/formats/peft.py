@@ -2,8 +2,8 @@
 
 Tensor names are `base_model.model.<path>.` and then: `lora_A.weight`, `lora_B.weight` and, with `lora_bias`,
 `lora_B.bias`; `lora_embedding_A`, `lora_embedding_B`; DoRA's `lora_magnitude_vector`; `base_layer.bias` or `bias` for
-trained biases; the module's own names for `modules_to_save`. Those of attentions and experts: `peft_nested`. What this
-version does not know is refused by name: a setting that is ignored may be the one that scales the update.
+trained biases; the module's own names for `modules_to_save`. Those of attentions and experts: `peft_nested`; soft prompts,
+and adapters that have both: `peft_prompt`. What this version does not know is refused by name: a setting that is ignored may be the one that scales the update.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 
 from lorakit.adapter.config import LoRAConfig
 from lorakit.adapter.naming import names_alone
-from lorakit.adapter.value import Adapter, BaseInfo, Factors, Kind
+from lorakit.adapter.value import NO_LAYERS, Adapter, BaseInfo, Factors, Kind
 from lorakit.errors import AdapterFileError, ConfigError, FileError, bullet_list
 from lorakit.files import (
     parse_json,
@@ -28,7 +28,7 @@ from lorakit.files import (
     write_json,
     write_safetensors,
 )
-from lorakit.formats import peft_nested
+from lorakit.formats import peft_nested, peft_prompt
 from lorakit.formats.codec import Context, our_metadata, read_our_metadata
 from lorakit.formats.peft_nested import by_pattern
 
@@ -90,9 +90,14 @@ _TASK_TYPES = {
 
 
 def recognises(path: Path) -> bool:
-    """A folder with an adapter_config.json, or a file beside one."""
+    """A folder with an adapter_config.json or a manifest of two parts, or a file beside one."""
     folder = path if path.is_dir() else path.parent
-    return (folder / CONFIG_FILE).is_file() and (path.is_dir() or path.name in (CONFIG_FILE, TENSOR_FILE))
+    return is_folder(folder) and (path.is_dir() or path.name in (CONFIG_FILE, TENSOR_FILE, peft_prompt.MANIFEST))
+
+
+def is_folder(folder: Path) -> bool:
+    """Whether a folder says that it is an adapter."""
+    return (folder / CONFIG_FILE).is_file() or (folder / peft_prompt.MANIFEST).is_file()
 
 
 # ---------------------------------------------------------------- writing
@@ -107,10 +112,28 @@ def obstacles(adapter: Adapter, context: Context) -> list[str]:
 
 
 def write(adapter: Adapter, folder: Path, context: Context) -> Path:
-    """Write both files into `folder` (created if need be), the config last; return the folder."""
+    """Write both files into `folder` (created if need be), the config last; return the folder. Of an adapter with
+    low-rank updates and a soft prompt, each into a folder of its own in there, the manifest last.
+
+    Raises:
+        AdapterFileError: the folder holds an adapter of the other form, which would be there still.
+    """
+    both = adapter.prompt is not None and adapter.config.target_modules != "none"
+    other = folder / (CONFIG_FILE if both else peft_prompt.MANIFEST)
+    if other.exists():
+        raise AdapterFileError(f"{folder}: holds another adapter ({other.name}); choose another folder")
+    if both:
+        for part, name in ((adapter.without_prompt(), "lora"), (adapter.prompt_alone(), "prompt")):
+            write(part, folder / peft_prompt.PARTS[name], context)
+        peft_prompt.write_manifest(folder)
+        return folder
     adapter = peft_nested.evened(adapter)
-    metadata = {"format": "pt", "lorakit": our_metadata(adapter), **_beside(adapter)}
-    write_safetensors(folder / TENSOR_FILE, _named_tensors(adapter), metadata)
+    metadata = {"format": "pt", "lorakit": our_metadata(adapter)}
+    if adapter.prompt is not None:
+        write_safetensors(folder / TENSOR_FILE, {peft_prompt.TENSOR: adapter.prompt.values}, metadata)
+        write_json(folder / CONFIG_FILE, peft_prompt.config_for_peft(adapter.prompt, adapter.base))
+        return folder
+    write_safetensors(folder / TENSOR_FILE, _named_tensors(adapter), {**metadata, **_beside(adapter)})
     write_json(folder / CONFIG_FILE, _config_for_peft(adapter))
     return folder
 
@@ -222,6 +245,10 @@ def read(path: Path, context: Context) -> Adapter:
         partner.
     """
     folder = path if path.is_dir() else path.parent
+    if (folder / peft_prompt.MANIFEST).is_file():
+        peft_prompt.read_manifest(folder)
+        lora, prompt = (read(folder / peft_prompt.PARTS[part], context) for part in ("lora", "prompt"))
+        return peft_prompt.joined(lora, prompt, folder)
     tensor_file = folder / TENSOR_FILE
     missing = [name for name in (CONFIG_FILE, TENSOR_FILE) if not (folder / name).is_file()]
     if missing:
@@ -233,14 +260,17 @@ def read(path: Path, context: Context) -> Adapter:
         tensors, metadata = read_safetensors(tensor_file)
     except FileError as error:
         raise AdapterFileError(str(error)) from error
+    base, extra = read_our_metadata(metadata.get("lorakit"), tensor_file)
+    if base is None and isinstance(values, dict) and values.get("base_model_name_or_path"):
+        base = BaseInfo(name=values["base_model_name_or_path"], architecture="", dtype="", structure="", samples=())
+    if peft_prompt.is_prompt(values):
+        prompt = peft_prompt.read_prompt(values, tensors, folder / CONFIG_FILE, tensor_file)
+        return Adapter(config=NO_LAYERS, prompt=prompt, base=base, metadata=extra)
     known, attentions = _read_beside(metadata, tensor_file)
     written = values if isinstance(values, dict) else {}
     # where somebody has changed a setting since, it counts
     own = {key: ours for key, (theirs, ours) in known.items() if written.get(key) == theirs}
     config = read_config(written | own or values, folder / CONFIG_FILE)
-    base, extra = read_our_metadata(metadata.get("lorakit"), tensor_file)
-    if base is None and values.get("base_model_name_or_path"):
-        base = BaseInfo(name=values["base_model_name_or_path"], architecture="", dtype="", structure="", samples=())
     parameters = tuple(written.get("target_parameters") or ())
     adapter = _sort_tensors(tensors, config, tensor_file, parameters=parameters, attentions=attentions)
     adapter = replace(adapter, base=base, metadata=extra)
@@ -259,6 +289,8 @@ def base_name(folder: Path) -> str | None:
         FileError: a file cannot be read.
         AdapterFileError: our metadata are damaged.
     """
+    if (folder / peft_prompt.MANIFEST).is_file():
+        return base_name(folder / peft_prompt.PARTS["lora"])
     values, tensor_file = read_json(folder / CONFIG_FILE), folder / TENSOR_FILE
     named = values.get("base_model_name_or_path") if isinstance(values, dict) else None
     if named and tensor_file.is_file():
@@ -290,7 +322,9 @@ def read_config(values: Any, where: Path | str) -> LoRAConfig:
         raise AdapterFileError(f"{where}: expected an object, found {type(values).__name__}")
     problems = []
     if values.get("peft_type") != "LORA":
-        problems.append(f"peft_type is {values.get('peft_type')!r}; this version reads LORA")
+        problems.append(
+            f"peft_type is {values.get('peft_type')!r}; this version reads LORA, PROMPT_TUNING, P_TUNING, PREFIX_TUNING"
+        )
     init = values.get("init_lora_weights", True)
     if not isinstance(init, bool | str) or init not in _INIT_ON_PRISTINE_BASE:
         problems.append(

@@ -7,13 +7,15 @@ from numbers that belong to (seed, row, step).
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from lorakit import machine, models
+from lorakit.adapter.attach import has_prefix, rows_only, virtual_tokens_of_rows, with_virtual_tokens
 from lorakit.core.unpacked import unpacked
 from lorakit.errors import ConfigError
 from lorakit.generation.sampling import RowSampler
@@ -54,7 +56,7 @@ def generate(
 
     Args:
         model: a transformers causal language model, adapted or not. Its own generation settings (a penalty, a forced
-            token) do not apply; they are restored afterwards.
+            token) do not apply; they are restored afterwards. On a route, each prompt has its own adapter.
         tokenizer: decodes the result.
         prompts: token ids, as the model is to see them.
         max_new_tokens: largest number of tokens to write per row.
@@ -72,18 +74,20 @@ def generate(
     Raises:
         ConfigError: a setting is out of range, a prompt is empty, or does not fit into the model's context with
             `max_new_tokens`.
+        AdapterError: the model runs on a route of another number of rows.
     """
     _check_settings(max_new_tokens, temperature, top_p, seed, batch_size)
-    _check_prompts(model, prompts, max_new_tokens)
+    lengths = _checked_lengths(model, prompts, max_new_tokens)
     stop = models.stop_ids(model, tokenizer) if stop_ids is None else stop_ids
     results: dict[int, Completion] = {}
+    if _must_go_alone(model, lengths, max_new_tokens):
+        batch_size = 1
     with decoding(model, unpack_memory):
-        for rows in _batches([len(prompt) for prompt in prompts], max_new_tokens, batch_size):
-            sampler = None
+        for rows in _batches(lengths, max_new_tokens, batch_size):
+            sampling = None
             if temperature > 0:
-                longest = len(prompts[rows[-1]])
-                sampler = RowSampler(seed, rows, longest, max_new_tokens, temperature, top_p)
-            new = _decode(model, [prompts[row] for row in rows], max_new_tokens, stop, sampler)
+                sampling = functools.partial(RowSampler, seed, rows, max_new_tokens, temperature, top_p)
+            new = _decode(model, {row: prompts[row] for row in rows}, max_new_tokens, stop, sampling)
             for row, ids in zip(rows, new, strict=True):
                 results[row] = _completion(tokenizer, ids, stop)
             if on_progress is not None:
@@ -116,12 +120,14 @@ def stream(
                 on_text(text)
 
     _check_settings(max_new_tokens, temperature, top_p, seed, batch_size=1)
-    _check_prompts(model, [prompt], max_new_tokens)
+    _checked_lengths(model, [prompt], max_new_tokens)
     stop = models.stop_ids(model, tokenizer) if stop_ids is None else stop_ids
-    sampler = RowSampler(seed, [0], len(prompt), max_new_tokens, temperature, top_p) if temperature > 0 else None
+    sampling = None
+    if temperature > 0:
+        sampling = functools.partial(RowSampler, seed, [0], max_new_tokens, temperature, top_p)
     caller = Caller(tokenizer, skip_prompt=True, skip_special_tokens=True)
     with decoding(model, unpack_memory):
-        (ids,) = _decode(model, [prompt], max_new_tokens, stop, sampler, streamer=caller)
+        (ids,) = _decode(model, {0: prompt}, max_new_tokens, stop, sampling, streamer=caller)
     return _completion(tokenizer, ids, stop)
 
 
@@ -148,6 +154,14 @@ def decoding(model: Any, unpack_memory: int | None = None) -> Iterator[None]:
         yield
 
 
+def _must_go_alone(model: Any, lengths: Sequence[int], max_new_tokens: int) -> bool:
+    """Whether rows are answered one by one: where there is a prefix, what shorter rows of a batch are filled up with
+    lies between it and them, and a sliding window would count that.
+    """
+    window = getattr(model.config.get_text_config(decoder=True), "sliding_window", None)
+    return bool(window) and max(lengths, default=0) + max_new_tokens > window and has_prefix(model)
+
+
 def _batches(lengths: Sequence[int], max_new_tokens: int, batch_size: int) -> Iterator[list[int]]:
     """Row numbers in batches of similar length, short ones first; the last row of a batch is its longest."""
     batch: list[int] = []
@@ -162,24 +176,38 @@ def _batches(lengths: Sequence[int], max_new_tokens: int, batch_size: int) -> It
 
 def _decode(
     model: Any,
-    prompts: Sequence[Sequence[int]],
+    prompts: Mapping[int, Sequence[int]],
     max_new_tokens: int,
     stop: frozenset[int],
-    sampler: RowSampler | None,
+    sampling: Callable[[int], RowSampler] | None,
     streamer: Any = None,
 ) -> list[list[int]]:
     """One batch through `model.generate`: left-padded prompts in, new ids (with whatever follows a stop id) out.
 
     `generate` goes on with all rows until the last one has ended, so it is called for `ROUND_TOKENS` at a time, and
     rows that have ended leave the batch in between. Keys and values of the others are kept if they are plain tensors.
+
+    Args:
+        model: as in `generate`.
+        prompts: by the number of each row in the whole call, which is its place on a route.
+        max_new_tokens: as in `generate`.
+        stop: ids at which a row ends.
+        sampling: makes what draws, of the number of tokens before the first that is drawn.
+        streamer: of transformers.
     """
     import transformers
 
-    longest = max(len(prompt) for prompt in prompts)
+    longest = max(len(prompt) for prompt in prompts.values())
     device = model.get_input_embeddings().weight.device
     pad = min(stop, default=0)  # masked before the prompt and cut off after the answer, so any id will do
-    ids = torch.tensor([[pad] * (longest - len(prompt)) + list(prompt) for prompt in prompts], device=device)
-    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
+    missing = [longest - len(prompt) for prompt in prompts.values()]
+    ids = torch.tensor([[pad] * n + list(prompt) for n, prompt in zip(missing, prompts.values(), strict=True)])
+    mask = torch.tensor([[0] * n + [1] * (longest - n) for n in missing])
+    with rows_only(model, list(prompts)):
+        ids, mask = (each.to(device) for each in with_virtual_tokens(model, ids, mask))
+    longest = ids.shape[1]
+    sampler = None if sampling is None else sampling(longest)
+    numbers = list(prompts)
     rows = torch.arange(len(prompts), device=device)  # which prompt each row of the shrinking batch belongs to
     stop_tensor = torch.tensor(sorted(stop), dtype=torch.long, device=device)
     results: dict[int, list[int]] = {}
@@ -194,7 +222,8 @@ def _decode(
             pad_token_id=pad,
             return_dict_in_generate=True,
         )
-        with torch.inference_mode(), _own_settings(model, settings):
+        on_route = rows_only(model, [numbers[row] for row in rows.tolist()])
+        with torch.inference_mode(), _own_settings(model, settings), on_route:
             output = model.generate(
                 ids,
                 attention_mask=mask,
@@ -263,18 +292,27 @@ def _check_settings(max_new_tokens: int, temperature: float, top_p: float, seed:
         raise ConfigError(f"batch_size: must be at least 1 (got {batch_size})")
 
 
-def _check_prompts(model: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+def _checked_lengths(model: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[int]:
+    """Tokens of each prompt, those of its soft prompt included.
+
+    Raises:
+        ConfigError: one is empty, or does not fit into the model's context with what is to be written.
+    """
     empty = [row for row, prompt in enumerate(prompts) if not prompt]
     if empty:
         raise ConfigError(f"prompt {empty[0]} has no tokens ({len(empty)} such prompt(s)); give it some text")
+    virtual = virtual_tokens_of_rows(model, len(prompts))
+    lengths = [n + len(prompt) for n, prompt in zip(virtual, prompts, strict=True)]
     context = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     if context is None:
-        return
-    beyond = [row for row, prompt in enumerate(prompts) if len(prompt) + max_new_tokens > context]
+        return lengths
+    beyond = [row for row, length in enumerate(lengths) if length + max_new_tokens > context]
     if beyond:
-        longest = max(len(prompts[row]) for row in beyond)
+        longest = max(lengths[row] for row in beyond)
+        soft = " with those of a soft prompt" if any(virtual[row] for row in beyond) else ""
         raise ConfigError(
-            f"{len(beyond)} of {len(prompts)} prompts (first: number {beyond[0]}; longest: {longest:,} tokens) and "
+            f"{len(beyond)} of {len(prompts)} prompts (first: number {beyond[0]}; longest: {longest:,} tokens{soft}) and "
             f"max_new_tokens={max_new_tokens:,} do not fit into the model's context of {context:,} tokens. "
             "Shorten the prompts or lower max_new_tokens."
         )
+    return lengths

@@ -17,15 +17,15 @@ class RowSampler:
     Args:
         seed: of the whole call.
         rows: for each row of the batch, its number in the whole call.
-        prompt_length: tokens before the first generated one, padding included.
         steps: largest number of tokens to draw.
         temperature: > 0; divides the logits.
         top_p: in (0, 1]; only the most probable tokens that together reach this probability are drawn (nucleus
             sampling, arXiv 1904.09751).
+        prompt_length: tokens before the first generated one, padding included.
     """
 
     def __init__(
-        self, seed: int, rows: Sequence[int], prompt_length: int, steps: int, temperature: float, top_p: float
+        self, seed: int, rows: Sequence[int], steps: int, temperature: float, top_p: float, prompt_length: int
     ) -> None:
         self.prompt_length = prompt_length
         self.temperature = temperature

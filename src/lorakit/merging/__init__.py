@@ -6,7 +6,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from lorakit import files, machine, models
 from lorakit.adapter import folding
 from lorakit.adapter.attach import AttachedAdapters, attach
 from lorakit.adapter.folding import MINIMUM_SURVIVAL, FoldReport
-from lorakit.adapter.value import Adapter
+from lorakit.adapter.value import Adapter, BaseInfo
 from lorakit.checkpoints.folder import NotStreamableError
 from lorakit.data.chat import ChatFormat
 from lorakit.data.sources import Row, read_rows
@@ -26,6 +26,8 @@ from lorakit.merging.proof import MAX_KL, Proof
 from lorakit.version import __version__
 
 CERTIFICATE = "merge_certificate.json"
+PROMPT = "prompt"
+"""Folder, in that of a merged model, of a soft prompt, which is no part of weights and stays an adapter."""
 _COMPANIONS = ("generation_config.json", "preprocessor_config.json", "processor_config.json", "*.py")
 _HEADROOM = 1.3  # a loaded model takes more than its weights while it answers a few short rows
 
@@ -43,6 +45,7 @@ class Merge:
         proof: the comparison with base + adapter; None if it was not asked for.
         scores: metric -> (base + adapter, merged), on the data, if there were any.
         tokenizer: whether one was found and put beside the weights.
+        prompt: the folder of the soft prompt that an adapter had; None: none had one.
         accepted: it did not pass and was written all the same, as asked.
         seconds: wall time.
     """
@@ -55,6 +58,7 @@ class Merge:
     proof: Proof | None
     scores: dict[str, tuple[float, float]]
     tokenizer: bool
+    prompt: Path | None
     accepted: bool
     seconds: float
 
@@ -71,6 +75,7 @@ class Merge:
             "proof": None if self.proof is None else self.proof.to_dict(),
             "scores": {metric: {"adapter": a, "merged": m} for metric, (a, m) in self.scores.items()},
             "tokenizer": self.tokenizer,
+            "prompt": None if self.prompt is None else str(self.prompt),
             "accepted_without_passing": self.accepted,
             "seconds": round(self.seconds, 2),
         }
@@ -101,7 +106,8 @@ def merge(
     The base's shards are read and written tensor by tensor (a base whose files transformers converts while it loads is
     merged in memory instead). Of a base that was held quantised (a GGUF file's blocks, int8, NF4) the numbers are
     taken that the adapter was trained on, and a dense model is written: exactly what was trained. Arithmetic is fp32,
-    rounded once. Nothing stands at `output` before all checks are passed.
+    rounded once. Nothing stands at `output` before all checks are passed. A soft prompt that an adapter has is no part of
+    weights: it stays an adapter, for the merged model, in `output/prompt`, and what is compared is compared without it.
 
     Args:
         adapters: folders, files or values; several are added up.
@@ -150,6 +156,7 @@ def merge(
     spec = model if model is not None else models.common_base(paths)
     values = [a if isinstance(a, Adapter) else models.read_adapter(a, spec) for a in adapters]
     held = models.storage_of(spec, models.agreed_storage(values, spec))
+    values, factors, prompt = _apart(values, factors)
     what = _What(spec, values, factors, held)
     check = _Check(None if data is None else _rows(data, limit), metrics, max_new_tokens, max_kl, device)
 
@@ -185,6 +192,9 @@ def merge(
                 raise MergeError(f"{error} (accept=True writes it all the same)") from None
         if tokenizer is not None:
             tokenizer.save_pretrained(building)
+        if prompt is not None:
+            named = BaseInfo(name=str(output.resolve()), architecture="", dtype="", structure="", samples=())
+            replace(prompt, base=named).save(building / PROMPT)
         found: Proof | None = None
         scores: dict[str, tuple[float, float]] = {}
         if verify:
@@ -201,6 +211,7 @@ def merge(
             proof=found,
             scores=scores,
             tokenizer=tokenizer is not None,
+            prompt=None if prompt is None else output / PROMPT,
             accepted=not survived or (found is not None and not found.passed),
             seconds=time.perf_counter() - start,
         )
@@ -217,6 +228,31 @@ def merge(
         }
         files.write_json(building / CERTIFICATE, certificate)
     return result
+
+
+def _apart(values: Sequence[Adapter], weights: Sequence[float]) -> tuple[list[Adapter], list[float], Adapter | None]:
+    """Adapters taken apart: what can be folded into weights, with its weights, and the one soft prompt there may be.
+
+    Raises:
+        AdapterError: two soft prompts, one with another weight than 1, or nothing that can be folded.
+    """
+    having = [(value, weight) for value, weight in zip(values, weights, strict=True) if value.prompt is not None]
+    if len(having) > 1:
+        raise AdapterError("merge: two adapters have a soft prompt, and rows can begin with one; merge them one by one")
+    if having and having[0][1] != 1.0:
+        raise AdapterError(f"merge: an adapter with a soft prompt has no weight but 1 (got {having[0][1]})")
+    folded = [
+        (value if value.prompt is None else value.without_prompt(), weight)
+        for value, weight in zip(values, weights, strict=True)
+        if value.config.target_modules != "none"
+    ]
+    if not folded:
+        raise AdapterError(
+            f"merge: the adapter is a soft prompt alone ({having[0][0].prompt}), which is no part of weights: use it as "
+            "it is, with --adapter"
+        )
+    prompt = having[0][0].prompt_alone() if having else None
+    return [value for value, _ in folded], [weight for _, weight in folded], prompt
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from lorakit.adapter.attach import soft_prompt_of, without_soft_prompt
 from lorakit.core.deltas import LoRA
 from lorakit.data.batches import Batch
 from lorakit.fusion import KEEP, keeps
@@ -54,7 +55,8 @@ def packed_attention(model: torch.nn.Module, longest: int) -> Iterator[bool]:
         yield False
         return
     if model not in _packable:
-        _packable[model] = _probe(model)
+        with without_soft_prompt(model):
+            _packable[model] = _probe(model)
     if _packable[model] < longest:
         yield False
         return
@@ -95,22 +97,31 @@ def separable_head(model: torch.nn.Module) -> nn.Linear | None:
     if head is None:
         return None
     if model not in _ends_with_head:
-        _ends_with_head[model] = _probe_head(model, head)
+        with without_soft_prompt(model):
+            _ends_with_head[model] = _probe_head(model, head)
     return head if _ends_with_head[model] else None
 
 
-def _at_places(model: torch.nn.Module, batch: Batch, head: nn.Linear | None) -> torch.Tensor:
+def _at_places(model: Any, batch: Batch, head: nn.Linear | None) -> torch.Tensor:
     """Logits at `batch.predict`, (P, V); with `head`, what enters it, (P, d)."""
+    prompt = soft_prompt_of(model)
+    prefix = prompt if prompt is not None and prompt.is_prefix else None
     if _config_attention(model) == ATTENTION_NAME:
-        layout = {LAYOUT: Layout(batch.lengths, batch.forks)}
-        return _logits(model, batch.ids, batch.positions, batch.predict, layout, head)
+        kept = None if prefix is None else prefix.by_layer(model.dtype)
+        layout = {LAYOUT: Layout(batch.lengths, batch.forks, kept)}
+        positions = batch.positions if prefix is None else batch.positions + prefix.length
+        return _logits(model, batch.ids, positions, batch.predict, layout, head)
     assert not any(batch.forks), "only a model that packs can share what its rows begin with"
     pieces, start = [], 0
     for length in batch.lengths:
         inside = (batch.predict >= start) & (batch.predict < start + length)
         row = slice(start, start + length)
         if inside.any():
-            pieces.append(_logits(model, batch.ids[row], batch.positions[row], batch.predict[inside] - start, {}, head))
+            ids, positions = batch.ids[row], batch.positions[row]
+            if prefix is not None:  # whose tokens stand for it in a pass of its own
+                ids = torch.cat([torch.tensor(prefix.ids).to(ids), ids])
+                positions = torch.arange(len(ids)).to(positions)
+            pieces.append(_logits(model, ids, positions, batch.predict[inside] - start, {}, head))
         start += length
     return torch.cat(pieces)
 

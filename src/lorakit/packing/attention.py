@@ -14,10 +14,11 @@ import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface
 
+from lorakit.adapter.entering import OWN_PASS
 from lorakit.packing.layout import Group, Layout, Row, ShortRows
 
 ATTENTION_NAME = "lorakit_packed"
-LAYOUT = "lorakit_layout"  # keyword under which a Layout travels through the model's forward() to its attention
+LAYOUT = OWN_PASS  # keyword under which a Layout travels through the model's forward() to its attention
 
 
 def _gathered(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, group: Group) -> tuple[torch.Tensor, ...]:
@@ -160,7 +161,7 @@ def _take(x: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
 
 
 def packed_attention_forward(
-    module: torch.nn.Module,
+    module: Any,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -178,6 +179,7 @@ def packed_attention_forward(
     layout: Layout = kwargs[LAYOUT]
     layout.windows.add(sliding_window)
     q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))  # (T, H, D), (T, H_kv, D) twice
+    k, v = layout.with_prefix(k, v, module.layer_idx) if layout.has_prefix else (k, v)
     scale = q.shape[-1] ** -0.5 if scaling is None else scaling
     short = layout.short(q.device, sliding_window, q.shape[1], k.shape[1])
     pieces = []

@@ -20,7 +20,7 @@ class Row:
 
     Attributes:
         own: (n,) where its own tokens lie among the T.
-        places: (m,) where all its tokens lie; the last n are its own.
+        places: (m,) where all its tokens lie among the keys; the last n are its own.
     """
 
     own: torch.Tensor
@@ -95,17 +95,38 @@ class ShortRows:
 
 
 class Layout:
-    """How the rows of a micro-batch lie in the packed sequence. Handed down to every attention layer."""
+    """How the rows of a micro-batch lie in the packed sequence. Handed down to every attention layer.
 
-    def __init__(self, lengths: Sequence[int], forks: Sequence[int]) -> None:
-        places = row_places(lengths, forks)
-        self.rows = [Row(place[fork:], place) for place, fork in zip(places, forks, strict=True)]
+    Args:
+        lengths: tokens of each whole row.
+        forks: as `Batch` has them.
+        prefix: (2 * layers, p, H_kv, D) keys and values of virtual tokens with which every row begins, as
+            `SoftPrompt.by_layer` has them. They lie before the T tokens, among keys alone.
+    """
+
+    def __init__(self, lengths: Sequence[int], forks: Sequence[int], prefix: torch.Tensor | None = None) -> None:
+        self._prefix = prefix
+        virtual = torch.arange(0 if prefix is None else prefix.shape[1])
+        self.rows = [
+            Row(place[fork:], torch.cat([virtual, place + len(virtual)]) if len(virtual) else place)
+            for place, fork in zip(row_places(lengths, forks), forks, strict=True)
+        ]
         self.windows: set[int | None] = set()  # that attention layers have asked for
         self.long = [row for row in self.rows if row.scores >= _LONG_ROW]
         self._short = [row for row in self.rows if row.scores < _LONG_ROW]
         self._made: dict[tuple[int | None, torch.device, int | None, int, int], ShortRows] = {}
         self._visible: dict[tuple[int, torch.device, int | None], torch.Tensor | None] = {}
         self._order: dict[torch.device, torch.Tensor] = {}
+
+    @property
+    def has_prefix(self) -> bool:
+        """Whether keys and values have virtual tokens before them."""
+        return self._prefix is not None
+
+    def with_prefix(self, k: torch.Tensor, v: torch.Tensor, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values (T, H_kv, D) of a layer, those of the prefix before them: (p + T, H_kv, D)."""
+        assert self._prefix is not None, "there is none to put there"
+        return torch.cat([self._prefix[2 * layer], k]), torch.cat([self._prefix[2 * layer + 1], v])
 
     def short(self, device: torch.device, window: int | None, heads: int, kv_heads: int) -> ShortRows | None:
         """The short rows in groups (None: there are none). Made once for each device, window and number of heads."""

@@ -10,6 +10,7 @@ from typing import Annotated, ClassVar, Literal
 import pydantic
 
 from lorakit.adapter.config import LoRAConfig
+from lorakit.adapter.prompt_config import PromptConfig
 from lorakit.config import Config, DtypeName, Place
 
 # settings of transformers, TRL and axolotl that are none here (several names a line) -> what to do instead
@@ -99,6 +100,7 @@ class TrainConfig(Config):
         "save_total_limit": "keep_checkpoints",
         "early_stopping_patience": "early_stop",
         "lora_config": "lora",
+        "prompt_config": "prompt",
     }
     advice: ClassVar[Mapping[str, str]] = _ADVICE
 
@@ -123,6 +125,12 @@ class TrainConfig(Config):
 
     lora: LoRAConfig = field(default_factory=_default_adapter)
     """The adapter. Rank 8, where LoRAConfig has 16: half the file for nearly the same result."""
+
+    prompt: PromptConfig = field(default_factory=PromptConfig)
+    """A soft prompt, trained with the adapter; with target_modules none, alone."""
+
+    prompt_lr_ratio: float = 1.0
+    """The learning rate of a soft prompt is this many times `learning_rate`."""
 
     init_steps: int = 4
     """For init eva and lora_ga: of how many of the first steps' rows they look at."""
@@ -274,7 +282,7 @@ class TrainConfig(Config):
         ]
         found += [
             f"{name}: must be positive (got {getattr(self, name)})"
-            for name in ("epochs", "learning_rate", "adam_epsilon", "loraplus_lr_ratio")
+            for name in ("epochs", "learning_rate", "adam_epsilon", "loraplus_lr_ratio", "prompt_lr_ratio")
             if getattr(self, name) is not None and not 0 < getattr(self, name) < math.inf
         ]
         found += [
@@ -286,6 +294,7 @@ class TrainConfig(Config):
             found.append(
                 "loraplus_lr_ratio: with lora_fa no A is trained, so there is no second rate; set learning_rate"
             )
+        found += self._prompt_problems()
         if not 0 < self.validation_share < 1:
             found.append(
                 f"validation_share: must be above 0 and below 1 (got {self.validation_share}); the best step is "
@@ -307,4 +316,25 @@ class TrainConfig(Config):
             found.append(f"dtype: full fine-tuning moves weights by less than {self.dtype} can hold; fp32 or auto")
         if self.resume and self.output is None:
             found.append("resume: needs output, the folder of the run to go on with")
+        return found
+
+    def _prompt_problems(self) -> list[str]:
+        """Settings at odds with a soft prompt, or without one."""
+        alone, found = self.lora.target_modules == "none", []
+        if self.prompt.soft_prompt == "none":
+            if alone:
+                found.append("target_modules: is none, and there is no soft prompt: nothing would be trained")
+            if self.prompt_lr_ratio != 1.0:
+                found.append("prompt_lr_ratio: has no meaning without a soft prompt; leave it out")
+            return found
+        if self.method == "full":
+            found.append("soft_prompt: goes with method sft; with method full every weight is trained and no adapter")
+        if self.cache_trunk != "off":
+            found.append(
+                "cache_trunk: with a soft prompt the first layer is given something else at each step; leave it off"
+            )
+        if alone and self.loraplus_lr_ratio is not None:
+            found.append("loraplus_lr_ratio: a soft prompt alone has no B to train faster than A; leave it out")
+        if alone and self.frozen_products != "exact":
+            found.append("frozen_products: is for adapted layers, of which target_modules none has none; leave it out")
         return found

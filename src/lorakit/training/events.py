@@ -30,6 +30,8 @@ class ModelReady:
     layers: int
     ranks: tuple[int, ...]
     trained: int
+    virtual_tokens: int = 0
+    """Of a soft prompt."""
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from lorakit.adapter.attach import first_tokens, virtual_tokens
 from lorakit.data.batches import collate, plan_steps
 from lorakit.data.chat import Example
 from lorakit.errors import NonFiniteLossError, RunError, bullet_list
@@ -65,7 +66,7 @@ class Plan:
     def of(cls, config: TrainConfig, examples: Sequence[Example]) -> Plan:
         """The plan that a config makes of the training examples."""
         total = config.max_steps or math.ceil(config.epochs * math.ceil(len(examples) / config.rows_per_step))
-        lengths = tuple(len(example.ids) for example in examples)
+        lengths = tuple(config.prompt.in_rows + len(example.ids) for example in examples)
         return cls(lengths, config.seed, config.rows_per_step, config.micro_batch_tokens, total)
 
     @property
@@ -114,6 +115,8 @@ def fit(
     identity: Mapping[str, Any],
     fixed: Mapping[str, torch.Tensor] = MappingProxyType({}),
     output_side: AbstractSet[str] = frozenset(),
+    prompt_side: AbstractSet[str] = frozenset(),
+    untrained: Callable[[], AbstractContextManager[None]] = nullcontext,
     checkpoint: Checkpoint | None = None,
     on_event: OnEvent = lambda event: None,
     on_best: Callable[[], None] = lambda: None,
@@ -133,6 +136,9 @@ def fit(
         identity: what the run is of, recorded in each checkpoint's manifest.
         fixed: what the adapter holds besides, recorded in each checkpoint.
         output_side: names of tensors that LoRA+ gives a higher rate.
+        prompt_side: names of a soft prompt's tensors, which have a rate of their own.
+        untrained: makes the model its base for the evaluation before the first step, where the adapter changes it from
+            the start.
         checkpoint: where to go on; None begins anew.
         on_event: told of each step, evaluation and checkpoint.
         on_best: called while the model holds an adapter better than all before.
@@ -144,7 +150,7 @@ def fit(
     assert config.save_steps is not None
     plan = Plan.of(config, train)
     device = next(model.parameters()).device
-    optimizer = make_optimizer(config, tensors, output_side)
+    optimizer = make_optimizer(config, tensors, output_side, prompt_side)
     scaler = make_scaler(resolve_dtype(config.dtype, device), device)
     metrics = JsonLines(folder / "metrics.jsonl")
     cursor, best = Cursor(), {}
@@ -176,7 +182,7 @@ def fit(
         on_event(Checkpointed(cursor.step, path))
 
     steps = plan.steps(cursor.step)
-    longest = max(len(example.ids) for example in (*train, *valid))
+    longest = virtual_tokens(model) + max(len(example.ids) for example in (*train, *valid))
     trunk = _trunk(model, (*train, *valid), config, folder, on_event)
     gradients = Gradients(tensors.values())
     with stop_request() as stop, ready(model, longest, config.frozen_products) as share, trunk, gradients:
@@ -187,7 +193,8 @@ def fit(
             if evaluation_due and cursor.evaluated_step != cursor.step and not stop:
                 on_event(Phase("evaluating"))
                 start = time.perf_counter()
-                loss, _ = mean_loss(model, valid, micro_batch_tokens=config.evaluation_tokens)
+                with untrained() if cursor.step == 0 else nullcontext():
+                    loss, _ = mean_loss(model, valid, micro_batch_tokens=config.evaluation_tokens)
                 better = _take_evaluation(cursor, loss)
                 if better:
                     _keep(tensors, best)
@@ -224,6 +231,8 @@ def fit(
             row = {"step": cursor.step, "loss": loss, "lr": rate, "grad_norm": norm if math.isfinite(norm) else None}
             if config.loraplus_lr_ratio is not None:
                 row["lr_B"] = rate * config.loraplus_lr_ratio
+            if config.prompt_lr_ratio != 1.0:
+                row["lr_prompt"] = rate * config.prompt_lr_ratio
             write({**row, "tokens": tokens, "seconds": round(seconds, 4)})
             on_event(StepDone(cursor.step, plan.total_steps, loss, rate, tokens, seconds))
     finished = stopped_early or (at_end and cursor.evaluated_step == cursor.step)
@@ -298,12 +307,12 @@ def accumulate(
     """
     device = next(model.parameters()).device
     labelled = sum(sum(examples[i].trained) for indices in micro_batches for i in indices)
-    sums = []
+    sums, first = [], first_tokens(model)
     was_training = model.training
     model.train()
     try:
         for number, indices in enumerate(micro_batches):
-            batch = collate(examples, indices, share=share).to(device)
+            batch = collate(examples, indices, share=share, first=first).to(device)
             with seeded(device, seed, step, number):
                 loss_sum = Predictions.of(model, batch).loss_sum()
                 torch.autograd.backward(scaler.scale(loss_sum / labelled))

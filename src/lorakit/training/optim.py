@@ -52,7 +52,10 @@ def learning_rate(config: TrainConfig, step: int, total_steps: int) -> float:
 
 
 def make_optimizer(
-    config: TrainConfig, tensors: Mapping[str, torch.nn.Parameter], output_side: AbstractSet[str] = frozenset()
+    config: TrainConfig,
+    tensors: Mapping[str, torch.nn.Parameter],
+    output_side: AbstractSet[str] = frozenset(),
+    prompt_side: AbstractSet[str] = frozenset(),
 ) -> torch.optim.AdamW:
     """AdamW over named tensors, in their order; fused (one pass over memory) on every device that can.
 
@@ -64,13 +67,16 @@ def make_optimizer(
         tensors: what is trained.
         output_side: names of those that take `loraplus_lr_ratio` times the rate, where it is set (LoRA+, arXiv
         2402.12354).
+        prompt_side: names of those that take `prompt_lr_ratio` times the rate.
     """
     device = next(iter(tensors.values())).device.type
-    ratio = config.loraplus_lr_ratio
-    faster = output_side if ratio is not None else frozenset()
+    ratios = dict.fromkeys(tensors, 1.0)
+    if config.loraplus_lr_ratio is not None:
+        ratios |= dict.fromkeys(output_side, config.loraplus_lr_ratio)
+    ratios |= dict.fromkeys(prompt_side, config.prompt_lr_ratio)
     groups: list[dict[str, Any]] = [
-        {"params": [t for name, t in tensors.items() if name not in faster], "ratio": 1.0},
-        {"params": [t for name, t in tensors.items() if name in faster], "ratio": ratio},
+        {"params": [tensors[name] for name, own in ratios.items() if own == ratio], "ratio": ratio}
+        for ratio in sorted(set(ratios.values()))
     ]
     optimizer = torch.optim.AdamW(
         [group for group in groups if group["params"]],

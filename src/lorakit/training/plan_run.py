@@ -50,9 +50,9 @@ def plan_run(
     config = plan.chosen.applied(config)
     machine.keep_few_kernels()
     machine.keep_freed_memory()
-    model, _ = load_model(config.model, config.dtype, config.device, config.quantize)
+    model, tokenizer = load_model(config.model, config.dtype, config.device, config.quantize)
     checkpoint_activations(model, on=config.gradient_checkpointing == "on")
-    attach(model, config.lora)
+    attach(model, config.lora, prompt=config.prompt, tokenizer=tokenizer)
     return timed(plan, config, model, train, valid, steps=steps_timed)
 
 

@@ -18,7 +18,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from lorakit import machine
-from lorakit.adapter.attach import attach
+from lorakit.adapter.attach import attach, first_tokens, soft_prompt_of
 from lorakit.data.batches import Batch, collate, plan_evaluation
 from lorakit.data.chat import Example
 from lorakit.errors import ModelError
@@ -218,12 +218,14 @@ class Planner:
         self.parameters = sum(p.numel() for p in self.model.parameters())
         self.weights = weights_size(self.model, config.model, config.quantize, machine.DTYPES[config.dtype])
         full = config.method == "full"
-        handle = None if full else attach(self.model, config.lora, check_base=False)
+        handle = None if full else attach(self.model, config.lora, prompt=config.prompt, check_base=False)
         self.model.to("meta")
+        self.first = first_tokens(self.model)  # of every row
         self.trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         self.fixed = (
             sum(t.numel() for name in handle.names for t in handle.fixed_tensors(name).values()) if handle else 0
         )
+        self.encoded = _saved_otherwise(self.model)
         # trained weights are counted as weights
         self.adapter = (BYTES_TRAINED - 4 * full) * self.trained + 4 * self.fixed
         self.weights += products_bytes(self.model, config.frozen_products)
@@ -239,16 +241,17 @@ class Planner:
         """What the run will take, and settings with which it takes at most `limit` bytes."""
         asked, chosen, fitting = self.asked(), self.chosen(limit), self.fitting(limit)
         steps = Plan.of(chosen.applied(self.config), self.train)
-        with ready(self.model, self.longest) as share:
-            batches = [collate(self.train, rows, share=share) for rows in _spread(steps)]
+        with ready(self.model, self._context) as share:
+            batches = [collate(self.train, rows, share=share, first=self.first) for rows in _spread(steps)]
         read = sum(len(batch.ids) for batch in batches)
+        rows = [row for batch in batches for row in batch.rows]
         return RunPlan(
             parameters=self.parameters,
             trained=self.trained,
-            adapter_bytes=4 * (self.trained + self.fixed),  # in fp32, as they are trained
+            adapter_bytes=4 * (self.trained + self.fixed) + self.encoded,  # in fp32, as they are trained
             steps=steps.total_steps,
             tokens=round(steps.tokens),
-            computed=read / sum(len(self.train[row].ids) for batch in batches for row in batch.rows),
+            computed=read / sum(len(self.first) + len(self.train[row].ids) for row in rows),
             memory=self.memory(chosen.micro_batch_tokens, checkpointing=chosen.gradient_checkpointing),
             limit=limit,
             asked=asked,
@@ -261,6 +264,11 @@ class Planner:
     def longest(self) -> int:
         """Tokens of the longest row."""
         return max(len(example.ids) for example in (*self.train, *self.valid))
+
+    @property
+    def _context(self) -> int:
+        """Places of the longest row, virtual tokens included."""
+        return self.config.prompt.in_context + self.longest
 
     @property
     def left_open(self) -> bool:
@@ -408,7 +416,7 @@ class Planner:
         try:
             checkpoint_activations(self.model, on=checkpointing, again=AsOnDevices)
             with _tracing(self.model):
-                return trace_step(self.model, batch, self.longest)
+                return trace_step(self.model, batch, self._context)
         finally:
             checkpoint_activations(self.model, on=False)
 
@@ -429,17 +437,25 @@ class Planner:
     def _evaluation_peak(self, lengths: Sequence[int], tokens: int) -> int:
         groups = plan_evaluation(lengths, micro_batch_tokens=tokens)
         heaviest = max(groups, key=lambda rows: sum(lengths[row] for row in rows))
-        with packed_attention(self.model, self.longest) as packs:
-            batch = collate(self.valid, heaviest, share=packs)
+        with packed_attention(self.model, self._context) as packs:
+            batch = collate(self.valid, heaviest, share=packs, first=self.first)
         with _tracing(self.model):
-            return trace_evaluation(self.model, batch, self.longest).peak
+            return trace_evaluation(self.model, batch, self._context).peak
 
     def _heaviest(self, groups: Sequence[Sequence[int]]) -> Batch:
         """Of micro-batches, the one of which most goes through the model."""
         by_length = sorted(groups, key=lambda rows: -sum(len(self.train[row].ids) for row in rows))
-        with ready(self.model, self.longest) as share:
-            batches = [collate(self.train, rows, share=share) for rows in by_length[:_MOST_COLLATED]]
+        with ready(self.model, self._context) as share:
+            batches = [collate(self.train, rows, share=share, first=self.first) for rows in by_length[:_MOST_COLLATED]]
         return max(batches, key=lambda batch: len(batch.ids))
+
+
+def _saved_otherwise(model: Any) -> int:
+    """Bytes by which a soft prompt's file is larger than what is trained of it: what an encoder makes is saved, and it
+    is not.
+    """
+    prompt = soft_prompt_of(model)
+    return 0 if prompt is None else 4 * (prompt().numel() - sum(p.numel() for p in prompt.parameters()))
 
 
 @contextlib.contextmanager
@@ -489,14 +505,14 @@ def timed(
     """
 
     def tokens(step: Sequence[Sequence[int]]) -> int:
-        return sum(len(train[row].ids) for rows in step for row in rows)
+        return sum(config.prompt.in_rows + len(train[row].ids) for rows in step for row in rows)
 
     epoch = list(Plan.of(config, train).epoch())
     # the largest one first, uncounted: it touches all the memory that the others will have
     chosen = [max(epoch, key=tokens), *epoch[:: math.ceil(len(epoch) / steps)]]
     scaler = make_scaler(next(model.parameters()).dtype, next(model.parameters()).device)
     rates, before = [], 0.0
-    longest = max(len(example.ids) for example in (*train, *valid))
+    longest = config.prompt.in_context + max(len(example.ids) for example in (*train, *valid))
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     with contextlib.ExitStack() as stack:
         share = stack.enter_context(ready(model, longest, config.frozen_products))

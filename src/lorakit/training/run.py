@@ -20,6 +20,7 @@ import torch
 
 from lorakit import machine
 from lorakit.adapter import fingerprint
+from lorakit.adapter.attach import virtual_tokens
 from lorakit.adapter.config import FROM_DATA, LoRAConfig
 from lorakit.adapter.starts import Starts, starts_from_data, starts_in
 from lorakit.core.layer import base_parameters
@@ -28,7 +29,7 @@ from lorakit.data.chat import ChatFormat, Example, Prompt
 from lorakit.data.prepare import Data, read_data
 from lorakit.data.schema import schema_of
 from lorakit.data.sources import located
-from lorakit.errors import ModelError, RunError, bullet_list
+from lorakit.errors import ConfigError, ModelError, RunError, bullet_list
 from lorakit.files import (
     JsonLines,
     free_folder,
@@ -51,7 +52,7 @@ from lorakit.training.objectives import Predictions
 from lorakit.training.optim import default_learning_rate
 from lorakit.training.planning import Planner, checkpoint_activations
 from lorakit.training.products import refuse_products
-from lorakit.training.subject import Subject, subject_of
+from lorakit.training.subject import Subject, TrainedAdapter, subject_of
 from lorakit.version import __version__
 
 EVALUATIONS = 4  # a run, unless eval_steps says otherwise or they would take more than their share of its time
@@ -111,6 +112,12 @@ class Run:
 
     parameters: int
     trained_parameters: int
+    adapted_layers: int
+    """Layers with a low-rank update; 0 for a soft prompt alone, and for method full."""
+
+    virtual_tokens: int
+    """Of a soft prompt."""
+
     adapter_bytes: int | None
     model_bytes: int | None
     dtype: str
@@ -172,7 +179,9 @@ def _train(config: TrainConfig, folder: Path, on_event: OnEvent) -> Run:
     base = fingerprint.of(model, list(base_parameters(model).items()))
     identity = identity_of(config, train_examples, valid_examples, chat.template, base, device)
     checkpoint = _checkpoint(folder, identity, on_event) if config.resume else None
-    subject = subject_of(model, config, _beginning(config, model, plan, train_examples, checkpoint, on_event))
+    _refuse_long_rows(config, model, (*train_examples, *valid_examples))
+    beginning = _beginning(config, model, plan, train_examples, checkpoint, on_event)
+    subject = subject_of(model, config, beginning, chat.tokenizer)
     about = subject.ready(config)
     on_event(about)
 
@@ -204,6 +213,8 @@ def _train(config: TrainConfig, folder: Path, on_event: OnEvent) -> Run:
             identity=identity,
             fixed=subject.fixed,
             output_side=subject.output_side,
+            prompt_side=subject.prompt_side,
+            untrained=subject.untrained if subject.changes_at_once else contextlib.nullcontext,
             checkpoint=checkpoint,
             on_event=on_event,
             on_best=save_best,
@@ -216,7 +227,7 @@ def _train(config: TrainConfig, folder: Path, on_event: OnEvent) -> Run:
         subject.save(folder / "last", chat.tokenizer)
         _put_best_in_place(fitted, subject, folder / "best")
         samples.take("after", on_event)
-    result = _result(folder, fitted, about, subject.trained_file, plan.total_steps)
+    result = _result(folder, fitted, about, subject, plan.total_steps)
     write_json(folder / "result.json", result.to_dict())
     write_report(folder)
     return result
@@ -421,6 +432,21 @@ def _checkpoint(folder: Path, identity: dict[str, Any], on_event: OnEvent) -> Ch
     return checkpoint
 
 
+def _refuse_long_rows(config: TrainConfig, model: Any, examples: Sequence[Example]) -> None:
+    """Rows must fit into the model's context with the virtual tokens before them.
+
+    Raises:
+        ConfigError: the longest does not.
+    """
+    virtual, context = config.prompt.in_context, getattr(model.config, "max_position_embeddings", None)
+    longest = max(len(example.ids) for example in examples)
+    if virtual and context is not None and virtual + longest > context:
+        raise ConfigError(
+            f"virtual_tokens: {virtual:,} and the longest row, {longest:,} tokens, are more than the model's context of "
+            f"{context:,}; set fewer, or max_length to {max(2, context - virtual)}"
+        )
+
+
 # ---------------------------------------------------------------- what was trained, and its samples
 
 
@@ -470,7 +496,7 @@ def _put_best_in_place(fitted: Fitted, subject: Subject, saved: Path) -> None:
 
 def _sample_prompts(number: int, data: Data, chat: ChatFormat, model: Any) -> list[Prompt]:
     """Prompts of validation rows, spread evenly; fewer where rows have none or leave an answer no room."""
-    room = getattr(model.config, "max_position_embeddings", None) or math.inf
+    room = (getattr(model.config, "max_position_embeddings", None) or math.inf) - virtual_tokens(model)
     prompts = [chat.prompt(row) for row in data.valid.rows if schema_of(row.fields) != "text"]
     prompts = [prompt for prompt in prompts if len(prompt.ids) + SAMPLE_TOKENS <= room]
     return prompts[:: max(1, len(prompts) // number)][:number] if number else []
@@ -524,11 +550,11 @@ class _Samples:
 # ---------------------------------------------------------------- what is told
 
 
-def _result(folder: Path, fitted: Fitted, about: ModelReady, trained_file: str, total_steps: int) -> Run:
+def _result(folder: Path, fitted: Fitted, about: ModelReady, subject: Subject, total_steps: int) -> Run:
     cursor = fitted.cursor
     rows = JsonLines(folder / "metrics.jsonl").rows()
     best = folder / "best" if fitted.best else None
-    of_adapter = bool(about.layers)
+    of_adapter = isinstance(subject, TrainedAdapter)
     return Run(
         directory=str(folder),
         adapter=str(best) if best and of_adapter else None,
@@ -547,8 +573,10 @@ def _result(folder: Path, fitted: Fitted, about: ModelReady, trained_file: str, 
         peak_memory=machine.peak_memory(about.device),
         parameters=about.parameters,
         trained_parameters=about.trained,
-        adapter_bytes=(best / trained_file).stat().st_size if best and of_adapter else None,
-        model_bytes=(best / trained_file).stat().st_size if best and not of_adapter else None,
+        adapted_layers=about.layers,
+        virtual_tokens=about.virtual_tokens,
+        adapter_bytes=subject.saved_bytes(best) if best and of_adapter else None,
+        model_bytes=subject.saved_bytes(best) if best and not of_adapter else None,
         dtype=about.dtype,
         device=about.device,
         report=str(folder / "report.html"),

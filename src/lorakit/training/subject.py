@@ -15,6 +15,7 @@ import torch
 
 from lorakit.adapter.attach import attach
 from lorakit.adapter.config import LoRAConfig
+from lorakit.adapter.prompt_config import PromptConfig
 from lorakit.adapter.starts import Starts
 from lorakit.adapter.value import Adapter
 from lorakit.core.layer import base_parameters
@@ -26,6 +27,7 @@ from lorakit.training.events import ModelReady
 from lorakit.training.verify import weights_checksum
 
 ADAPTER_NAME = "default"
+_MODEL_FILE = "model.safetensors"
 
 
 class Subject(Protocol):
@@ -35,13 +37,15 @@ class Subject(Protocol):
         tensors: by stable names, the trainable parameters.
         fixed: by stable names, what belongs to it and is not trained.
         output_side: which of `tensors` LoRA+ trains at its own rate.
-        trained_file: of the saved folder, the file whose size is told.
+        prompt_side: which of `tensors` are a soft prompt's.
+        changes_at_once: whether the model is another one before the first step already.
     """
 
     tensors: Mapping[str, torch.nn.Parameter]
     fixed: Mapping[str, torch.Tensor]
     output_side: AbstractSet[str]
-    trained_file: str
+    prompt_side: AbstractSet[str]
+    changes_at_once: bool
 
     def untrained(self) -> AbstractContextManager[None]:
         """Within the block, before any step, the model is the base."""
@@ -59,6 +63,10 @@ class Subject(Protocol):
         """Whether what `save` wrote is what the model holds, read back."""
         ...
 
+    def saved_bytes(self, saved: Path) -> int:
+        """Size of the weights that `save` wrote."""
+        ...
+
     def ready(self, config: TrainConfig) -> ModelReady:
         """What is to be told of it."""
         ...
@@ -67,15 +75,17 @@ class Subject(Protocol):
 class TrainedAdapter:
     """An adapter, attached and active; the base stays as it is."""
 
-    trained_file = "adapter_model.safetensors"
-
-    def __init__(self, model: Any, beginning: LoRAConfig | Starts, seed: int) -> None:
+    def __init__(
+        self, model: Any, beginning: LoRAConfig | Starts, prompt: PromptConfig, tokenizer: Any, seed: int
+    ) -> None:
         self._model = model
-        self._adapters = attach(model, beginning, ADAPTER_NAME, seed=seed)
+        self._adapters = attach(model, beginning, ADAPTER_NAME, prompt=prompt, tokenizer=tokenizer, seed=seed)
         self._base_before = weights_checksum(model)
         self.tensors: Mapping[str, torch.nn.Parameter] = self._adapters.trainable_tensors(ADAPTER_NAME)
         self.fixed: Mapping[str, torch.Tensor] = self._adapters.fixed_tensors(ADAPTER_NAME)
         self.output_side: AbstractSet[str] = self._adapters.output_side(ADAPTER_NAME)
+        self.prompt_side: AbstractSet[str] = self._adapters.prompt_side(ADAPTER_NAME)
+        self.changes_at_once = bool(self.prompt_side)
 
     def untrained(self) -> AbstractContextManager[None]:
         """As `Subject`."""
@@ -99,6 +109,10 @@ class TrainedAdapter:
         """
         return Adapter.load(saved).digest() == self._adapters.extract(ADAPTER_NAME).digest()
 
+    def saved_bytes(self, saved: Path) -> int:
+        """As `Subject`: of one part or two."""
+        return sum(file.stat().st_size for file in saved.rglob("adapter_model.safetensors"))
+
     def ready(self, config: TrainConfig) -> ModelReady:
         """As `Subject`."""
         summary = self._adapters.summary()
@@ -111,18 +125,20 @@ class TrainedAdapter:
             layers=own["layers"],
             ranks=tuple(own["ranks"]),
             trained=own["parameters"],
+            virtual_tokens=own["virtual_tokens"],
         )
 
 
 class TrainedModel:
     """Every weight of the model."""
 
-    trained_file = "model.safetensors"
+    changes_at_once = False
 
     def __init__(self, model: Any) -> None:
         self._model = model
         self.fixed: Mapping[str, torch.Tensor] = {}
         self.output_side: AbstractSet[str] = frozenset()
+        self.prompt_side: AbstractSet[str] = frozenset()
         self.tensors: Mapping[str, torch.nn.Parameter] = base_parameters(model)
         for tensor in self.tensors.values():
             if tensor.dtype != torch.float32:
@@ -147,9 +163,13 @@ class TrainedModel:
 
     def check_saved(self, saved: Path) -> bool:
         """As `Subject`."""
-        found, _ = read_safetensors(saved / self.trained_file)
+        found, _ = read_safetensors(saved / _MODEL_FILE)
         own = {name: tensor.detach().cpu() for name, tensor in self._model.state_dict().items()}
         return all(torch.equal(tensor, own[name]) for name, tensor in found.items())
+
+    def saved_bytes(self, saved: Path) -> int:
+        """As `Subject`."""
+        return (saved / _MODEL_FILE).stat().st_size
 
     def ready(self, config: TrainConfig) -> ModelReady:
         """As `Subject`."""
@@ -165,11 +185,14 @@ class TrainedModel:
         )
 
 
-def subject_of(model: Any, config: TrainConfig, beginning: LoRAConfig | Starts) -> Subject:
-    """What `config` trains, put in place in a model just loaded; an adapter begins with `beginning`.
+def subject_of(model: Any, config: TrainConfig, beginning: LoRAConfig | Starts, tokenizer: Any) -> Subject:
+    """What `config` trains, put in place in a model just loaded; an adapter begins with `beginning`, its soft prompt as
+    a text maybe, read by `tokenizer`.
 
     Raises:
-        TargetError: the adapter's config names what is not in the model.
+        TargetError: the adapter's config names what is not in the model, or the model takes no soft prompt.
         RunError: full fine-tuning in another dtype than fp32.
     """
-    return TrainedModel(model) if config.method == "full" else TrainedAdapter(model, beginning, config.seed)
+    if config.method == "full":
+        return TrainedModel(model)
+    return TrainedAdapter(model, beginning, config.prompt, tokenizer, config.seed)

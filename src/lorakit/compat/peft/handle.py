@@ -27,6 +27,7 @@ from lorakit.compat.peft.tying import share
 from lorakit.core.active import NOTHING, Selection
 from lorakit.core.attention import AdaptedAttention
 from lorakit.core.deltas import LayerUpdate, StackedUpdate
+from lorakit.core.embedding import AdaptedEmbedding
 from lorakit.core.experts import AdaptedExperts
 from lorakit.core.layer import AdaptedLayer, AdaptedModule, ReplacedModule
 from lorakit.errors import AdapterError
@@ -38,6 +39,7 @@ class PeftAdapters(AttachedAdapters):
     state_class = PeftState
     dressed: ClassVar[Mapping[type[AdaptedModule], type[AdaptedModule]]] = {
         AdaptedLayer: LoraAdapted,
+        AdaptedEmbedding: LoraAdapted,
         AdaptedAttention: LoraAttention,
         AdaptedExperts: LoraExperts,
         ReplacedModule: ModulesToSaveWrapper,

@@ -6,7 +6,7 @@ import contextlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -64,9 +64,7 @@ def attach(
     if _HANDLE in model.__dict__:
         raise AdapterError("this model has adapters already; add more with lorakit.adapters(model).add(name, config)")
     handle = AttachedAdapters(model)
-    handle.add(
-        name, adapter, prompt=prompt, tokenizer=tokenizer, trainable=trainable, seed=seed, check_base=check_base
-    )
+    handle.add(name, adapter, prompt=prompt, tokenizer=tokenizer, trainable=trainable, seed=seed, check_base=check_base)
     handle._enter_model()
     handle.activate(name)
     return handle
@@ -135,9 +133,7 @@ def has_prefix(model: nn.Module) -> bool:
     return handle is not None and handle.prompts.prefix_in_use
 
 
-def with_virtual_tokens(
-    model: nn.Module, ids: torch.Tensor, mask: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def with_virtual_tokens(model: nn.Module, ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """A batch as `model` is to be given it now: ids and mask (rows, n), with the columns of its virtual tokens. Errors
     as in `virtual_tokens_of_rows`.
     """
@@ -299,9 +295,7 @@ class AttachedAdapters:
         with self.route([None if slot is None else by_slot[slot] for slot in slots]):
             yield
 
-    def prompted(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None
-    ) -> dict[str, torch.Tensor]:
+    def prompted(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
         """A batch with the virtual tokens of the soft prompts in use before its rows: arguments for `model(...)` and
         `model.generate(...)` of transformers. (`lorakit.generate` and training put them there themselves.)
 
@@ -423,13 +417,11 @@ class AttachedAdapters:
             )
         if isinstance(adapter, str | Path):
             adapter = Adapter.load(adapter, model=self.model)
+        if isinstance(adapter, PromptConfig | Adapter) and prompt is not None:
+            raise AdapterError("prompt: is for a fresh adapter of low-rank updates; this one has its own, or none")
         if isinstance(adapter, PromptConfig):
-            if prompt is not None:
-                raise AdapterError("two soft prompts, as adapter and as prompt: an adapter has one")
-            adapter, prompt = NO_LAYERS, adapter
-        if isinstance(adapter, Adapter):
-            if prompt is not None:
-                raise AdapterError("prompt: is for a fresh adapter; a saved one has its own soft prompt, or none")
+            prompt, adapter = adapter, NO_LAYERS
+        elif isinstance(adapter, Adapter):
             prompt = None if adapter.prompt is None else adapter.prompt.config
         if not isinstance(adapter, Adapter | LoRAConfig | Starts):
             raise AdapterError(
@@ -444,7 +436,9 @@ class AttachedAdapters:
             asked = Asked.of(self.model, prompt, modules, tokenizer)
             kinds, updates = updates_for(self.model, adapter, modules, seed=seed, here=here, asked=asked)
         if not updates:
-            raise AdapterError(f"{name!r}: nothing is to be trained: target_modules is none, and there is no soft prompt")
+            raise AdapterError(
+                f"{name!r}: nothing is to be trained: target_modules is none, and there is no soft prompt"
+            )
         before = self._residents.get(name)
         self._freeze_base()
         config = adapter if isinstance(adapter, LoRAConfig) else adapter.config
@@ -455,9 +449,9 @@ class AttachedAdapters:
         if asked is not None and resident.prompt is not None:
             self.prompts.add(resident.slot, resident.prompt, asked.place.vocabulary)
         if before is not None:
-            self._exchange(before, resident, name)
+            self._take_place(before, resident, name)
 
-    def _exchange(self, before: Resident, resident: Resident, name: str) -> None:
+    def _take_place(self, before: Resident, resident: Resident, name: str) -> None:
         """Let an adapter take another one's place, in what is active too.
 
         Raises:
@@ -594,7 +588,9 @@ class AttachedAdapters:
         if len(having) > 1:
             raise AdapterError(f"{names} have a soft prompt each, and rows can begin with one: activate one of them")
         if any(weight != 1.0 for weight in having.values()):
-            raise AdapterError(f"{names} has a soft prompt, which has no weight but 1 (got {next(iter(having.values()))})")
+            raise AdapterError(
+                f"{names} has a soft prompt, which has no weight but 1 (got {next(iter(having.values()))})"
+            )
 
     def _resident(self, name: str) -> Resident:
         if name not in self._residents:

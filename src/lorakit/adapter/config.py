@@ -170,7 +170,9 @@ class LoRAConfig(Config):
             others = ("target_parameters", "exclude_modules", "layers", "rank_pattern", "alpha_pattern")
             beside = [name for name in (*others, "modules_to_save", "trainable_tokens") if getattr(self, name)]
             beside += ["bias"] if self.bias != "none" else []
-            found += [f"{name}: has no meaning with target_modules none; name layers, or leave it out" for name in beside]
+            found += [
+                f"{name}: has no meaning with target_modules none; name layers, or leave it out" for name in beside
+            ]
         if not self.target_modules and not self.target_parameters:
             found.append('target_modules: is empty; name layers or use "all-linear"')
         if self.lora_bias and self.init not in ("default", "random"):

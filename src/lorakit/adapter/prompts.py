@@ -111,7 +111,7 @@ def _keys_and_values(model: Any, ids: torch.Tensor) -> list[torch.Tensor]:
     if len(layers) != model.config.num_hidden_layers or not plain:
         kept = ", ".join(sorted({type(layer).__name__ for layer in layers})) or "none"
         raise TargetError(
-            f"soft_prompt prefix: needs keys and values in every layer, which {name} does not keep (its cache: {kept}); "
+            f"soft_prompt prefix: needs keys and values in every layer, and {name} keeps others (its cache: {kept}); "
             "choose soft_prompt prompt"
         )
     kept_tensors = [tensor[0] for layer in layers for tensor in (layer.keys, layer.values)]
@@ -174,9 +174,7 @@ def _deviation(place: PromptPlace) -> float:
     return float(place.embedding(rows).detach().float().std())
 
 
-def _first_tokens(
-    config: PromptConfig, place: PromptPlace, generator: torch.Generator, tokenizer: Any
-) -> torch.Tensor:
+def _first_tokens(config: PromptConfig, place: PromptPlace, generator: torch.Generator, tokenizer: Any) -> torch.Tensor:
     """(p,) tokens of the vocabulary to begin as."""
     if config.init == "vocabulary":
         return torch.randint(place.vocabulary, (config.virtual_tokens,), generator=generator)

@@ -256,11 +256,14 @@ class Resident:
         PEFT has it, but none of an embedding, where A is what begins as zero.
         """
         lookups = tuple(f"{path}." for path, kind in self.kinds.items() if kind == "embedding")
-        return frozenset(
-            name
-            for name, tensor in self.trainable_tensors().items()
-            if (name.endswith(".B") or tensor.ndim == 1) and not name.startswith(lookups)
-        ) - self.prompt_side()
+        return (
+            frozenset(
+                name
+                for name, tensor in self.trainable_tensors().items()
+                if (name.endswith(".B") or tensor.ndim == 1) and not name.startswith(lookups)
+            )
+            - self.prompt_side()
+        )
 
     def prompt_side(self) -> frozenset[str]:
         """Names of the trained tensors of its soft prompt."""

@@ -1,9 +1,9 @@
 """PEFT's folder of a soft prompt, and the folder of an adapter that has low-rank updates and a soft prompt.
 
-A soft prompt alone is exactly PEFT's: `adapter_config.json` with `peft_type` PROMPT_TUNING, P_TUNING or PREFIX_TUNING, and
-one tensor, `prompt_embeddings`, (p, d) or (p, layers * 2 * d). PEFT has no form for both kinds in one, so such an adapter
-is a folder of two of PEFT's, `lora/` and `prompt/`, and the manifest `lorakit_adapter.json` that says so: no tool takes
-the one for the whole.
+A soft prompt alone is exactly PEFT's: `adapter_config.json` with `peft_type` PROMPT_TUNING, P_TUNING or PREFIX_TUNING,
+and one tensor, `prompt_embeddings`, (p, d) or (p, layers * 2 * d). PEFT has no form for both kinds in one, so such an
+adapter is a folder of two of PEFT's, `lora/` and `prompt/`, and the manifest `lorakit_adapter.json` that says so: no tool
+takes the one for the whole.
 """
 
 from __future__ import annotations
@@ -87,7 +87,9 @@ def read_prompt(values: dict[str, Any], tensors: dict[str, Any], config_file: Pa
         if key not in _READ | _NEUTRAL and value not in (None, False, {}, [], "")
     ]
     if values.get("num_transformer_submodules") not in (None, 1):
-        problems.append("num_transformer_submodules: virtual tokens in two stacks, which causal language models have not")
+        problems.append(
+            "num_transformer_submodules: virtual tokens in two stacks, which causal language models have not"
+        )
     init = values.get("prompt_tuning_init")
     settings: dict[str, Any] = {"soft_prompt": kind, "virtual_tokens": values.get("num_virtual_tokens")}
     settings |= {"prompt_encoder": "none"}
@@ -104,7 +106,9 @@ def read_prompt(values: dict[str, Any], tensors: dict[str, Any], config_file: Pa
     if problems:
         raise AdapterFileError(f"{config_file}: cannot be used:\n{bullet_list(problems)}")
     if set(tensors) != {TENSOR}:
-        raise AdapterFileError(f"{tensor_file}: a soft prompt is one tensor, {TENSOR}; found {', '.join(tensors) or 'none'}")
+        raise AdapterFileError(
+            f"{tensor_file}: a soft prompt is one tensor, {TENSOR}; found {', '.join(tensors) or 'none'}"
+        )
     return Prompt(config=config, values=tensors[TENSOR], key_values=_key_values(values, config, config_file))
 
 
@@ -151,7 +155,9 @@ def joined(lora: Adapter, prompt: Adapter, folder: Path) -> Adapter:
         AdapterFileError: they were made on different bases, or one of them is not what its folder says.
     """
     if lora.prompt is not None or prompt.prompt is None:
-        raise AdapterFileError(f"{folder}: {PARTS['lora']}/ must hold low-rank updates and {PARTS['prompt']}/ a soft prompt")
+        raise AdapterFileError(
+            f"{folder}: {PARTS['lora']}/ must hold low-rank updates and {PARTS['prompt']}/ a soft prompt"
+        )
     if lora.base != prompt.base:
         raise AdapterFileError(
             f"{folder}: its two parts were made on different bases ({lora.base and lora.base.name}, "

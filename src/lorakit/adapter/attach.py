@@ -6,7 +6,7 @@ import contextlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -417,13 +417,11 @@ class AttachedAdapters:
             )
         if isinstance(adapter, str | Path):
             adapter = Adapter.load(adapter, model=self.model)
+        if isinstance(adapter, PromptConfig | Adapter) and prompt is not None:
+            raise AdapterError("prompt: is for a fresh adapter of low-rank updates; this one has its own, or none")
         if isinstance(adapter, PromptConfig):
-            if prompt is not None:
-                raise AdapterError("two soft prompts, as adapter and as prompt: an adapter has one")
-            adapter, prompt = NO_LAYERS, adapter
-        if isinstance(adapter, Adapter):
-            if prompt is not None:
-                raise AdapterError("prompt: is for a fresh adapter; a saved one has its own soft prompt, or none")
+            prompt, adapter = adapter, NO_LAYERS
+        elif isinstance(adapter, Adapter):
             prompt = None if adapter.prompt is None else adapter.prompt.config
         if not isinstance(adapter, Adapter | LoRAConfig | Starts):
             raise AdapterError(
@@ -450,9 +448,9 @@ class AttachedAdapters:
         if asked is not None and resident.prompt is not None:
             self.prompts.add(resident.slot, resident.prompt, asked.place.vocabulary)
         if before is not None:
-            self._exchange(before, resident, name)
+            self._take_place(before, resident, name)
 
-    def _exchange(self, before: Resident, resident: Resident, name: str) -> None:
+    def _take_place(self, before: Resident, resident: Resident, name: str) -> None:
         """Let an adapter take another one's place, in what is active too.
 
         Raises:

@@ -9,7 +9,6 @@ Knows no packing, which brings prefixes itself.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from lorakit.core.active import ActiveState, Route
 from lorakit.core.prompts import SoftPrompt
 from lorakit.errors import AdapterError
 
-OWN_PASS = "lorakit_layout"  # a pass with this keyword brings its prefix itself
+OWN_PREFIX = "lorakit_layout"  # a pass with this keyword brings its prefix itself
 
 
 class Prompts:
@@ -120,7 +119,7 @@ class Prompts:
         Raises:
             AdapterError: virtual tokens are missing, or keys and values cannot enter.
         """
-        if not self.in_use or OWN_PASS in kwargs or _goes_on(kwargs):
+        if not self.in_use or OWN_PREFIX in kwargs or _goes_on(kwargs):
             return None
         ids = args[0] if args else kwargs.get("input_ids")
         if not isinstance(ids, torch.Tensor):

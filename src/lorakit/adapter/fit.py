@@ -26,8 +26,8 @@ def refuse_overlap(targets: Targets, modules: Mapping[str, nn.Module], place: Pr
     """
     if place is not None and place.path in targets.replaced:
         raise TargetError(
-            f"{place.path}: virtual tokens of the soft prompt stand beside it, so it cannot be trained whole too: leave "
-            "it out of modules_to_save, or train the prompt alone"
+            f"{place.path}: virtual tokens of the soft prompt stand beside it, so it cannot be trained whole too: "
+            "leave it out of modules_to_save, or train the prompt alone"
         )
     low_rank = [*(t.path for t in targets.layers), *targets.biases, *targets.tokens]
     low_rank += [] if place is None else [place.path]

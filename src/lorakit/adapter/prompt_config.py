@@ -52,9 +52,9 @@ class PromptConfig(Config):
     }
 
     soft_prompt: Annotated[Literal["none", "prompt", "prefix", "p_tuning"], _spelled(_KINDS)] = "none"
-    """A soft prompt trained with the adapter, or, with target_modules none, alone. prompt (arXiv 2104.08691): embeddings
-    of virtual tokens before every row. prefix (2101.00190; P-tuning v2, 2110.07602): their keys and values in every
-    layer. p_tuning (2103.10385): embeddings that an encoder makes."""
+    """A soft prompt trained with the adapter, or, with target_modules none, alone. prompt (arXiv 2104.08691):
+    embeddings of virtual tokens before every row. prefix (2101.00190; P-tuning v2, 2110.07602): their keys and values
+    in every layer. p_tuning (2103.10385): embeddings that an encoder makes."""
 
     virtual_tokens: int = 20
     """Of a soft prompt: how many; they take that much of the model's context."""
@@ -86,7 +86,7 @@ class PromptConfig(Config):
 
     @property
     def in_rows(self) -> int:
-        """How many virtual tokens go through the model with every row: none of a prefix, nor where there is no prompt."""
+        """How many virtual tokens go through the model with every row; none of a prefix do."""
         return self.virtual_tokens if self.soft_prompt in ("prompt", "p_tuning") else 0
 
     @property

@@ -111,7 +111,7 @@ def _keys_and_values(model: Any, ids: torch.Tensor) -> list[torch.Tensor]:
     if len(layers) != model.config.num_hidden_layers or not plain:
         kept = ", ".join(sorted({type(layer).__name__ for layer in layers})) or "none"
         raise TargetError(
-            f"soft_prompt prefix: needs keys and values in every layer, which {name} does not keep (its cache: {kept}); "
+            f"soft_prompt prefix: needs keys and values in every layer, and {name} keeps others (its cache: {kept}); "
             "choose soft_prompt prompt"
         )
     kept_tensors = [tensor[0] for layer in layers for tensor in (layer.keys, layer.values)]

@@ -1,4 +1,4 @@
-"""The adapted embedding: it also looks up the virtual tokens of soft prompts, whose ids follow those of its vocabulary."""
+"""The adapted embedding: it looks up virtual tokens of soft prompts too, whose ids follow those of its vocabulary."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class AdaptedEmbedding(AdaptedLayer):
     """A table of embeddings with low-rank updates, trained rows and soft prompts of any number of adapters."""
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """As `AdaptedLayer`; virtual tokens of prompts in use give the prompts' own vectors, and no update adds to them.
+        """As `AdaptedLayer`; virtual tokens of prompts in use give the prompts' vectors, to which no update adds.
 
         Args:
             x: ids, of the vocabulary or virtual.

@@ -1,6 +1,6 @@
-"""What virtual tokens stand for: the p trained vectors of a soft prompt, as embeddings (prompt tuning, arXiv 2104.08691;
-P-tuning, 2103.10385) or as keys and values of every layer (prefix tuning, 2101.00190; P-tuning v2, 2110.07602). Knows
-neither where they enter a model nor how they begin.
+"""What virtual tokens stand for: the p trained vectors of a soft prompt, as embeddings (prompt tuning, arXiv
+2104.08691; P-tuning, 2103.10385) or as keys and values of every layer (prefix tuning, 2101.00190; P-tuning v2,
+2110.07602). Knows neither where they enter a model nor how they begin.
 """
 
 from __future__ import annotations
@@ -70,7 +70,8 @@ class SoftPrompt(nn.Module):
         """Embeddings `y` (..., d) of `ids` (...), with its own where they are its virtual tokens."""
         own = (ids >= self.first) & (ids < self.first + self.length)
         places = (ids - self.first).clamp(0, self.length - 1)  # no wait for the device, whether there are any
-        return torch.where(own.unsqueeze(-1), F.embedding(places, self()).to(y.dtype), y)
+        looked_up: torch.Tensor = F.embedding(places, self()).to(y.dtype)
+        return torch.where(own.unsqueeze(-1), looked_up, y)
 
     def by_layer(self, dtype: torch.dtype) -> torch.Tensor:
         """(2 * layers, p, heads, width): keys of layer i at 2 i, its values at 2 i + 1."""

@@ -151,8 +151,8 @@ def more_than_low_rank(adapter: Adapter, consumer: str) -> list[str]:
     """The obstacles of a format whose updates are s B A and nothing else."""
     if adapter.prompt is not None:
         return [
-            f"a soft prompt, {adapter.prompt}, which {consumer} does not read; PEFT's form carries it, and of the weights "
-            "alone `adapter.without_prompt()` is a copy"
+            f"a soft prompt, {adapter.prompt}, which {consumer} does not read; PEFT's form carries it, and "
+            "adapter.without_prompt() is an adapter without it"
         ]
     if adapter.config.delta == "dora":
         return [f"its updates are DoRA's, which {consumer} does not read; merge instead, or train with delta 'lora'"]

@@ -2,8 +2,9 @@
 
 Tensor names are `base_model.model.<path>.` and then: `lora_A.weight`, `lora_B.weight` and, with `lora_bias`,
 `lora_B.bias`; `lora_embedding_A`, `lora_embedding_B`; DoRA's `lora_magnitude_vector`; `base_layer.bias` or `bias` for
-trained biases; the module's own names for `modules_to_save`. Those of attentions and experts: `peft_nested`; soft prompts,
-and adapters that have both: `peft_prompt`. What this version does not know is refused by name: a setting that is ignored may be the one that scales the update.
+trained biases; the module's own names for `modules_to_save`. Those of attentions and experts: `peft_nested`; of soft
+prompts, and of adapters that have both: `peft_prompt`. What this version does not know is refused by name: a setting
+that is ignored may be the one that scales the update.
 """
 
 from __future__ import annotations
@@ -247,8 +248,8 @@ def read(path: Path, context: Context) -> Adapter:
     folder = path if path.is_dir() else path.parent
     if (folder / peft_prompt.MANIFEST).is_file():
         peft_prompt.read_manifest(folder)
-        lora, prompt = (read(folder / peft_prompt.PARTS[part], context) for part in ("lora", "prompt"))
-        return peft_prompt.joined(lora, prompt, folder)
+        parts = (read(folder / peft_prompt.PARTS[part], context) for part in ("lora", "prompt"))
+        return peft_prompt.joined(*parts, folder)
     tensor_file = folder / TENSOR_FILE
     missing = [name for name in (CONFIG_FILE, TENSOR_FILE) if not (folder / name).is_file()]
     if missing:

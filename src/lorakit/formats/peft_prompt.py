@@ -1,9 +1,9 @@
 """PEFT's folder of a soft prompt, and the folder of an adapter that has low-rank updates and a soft prompt.
 
-A soft prompt alone is exactly PEFT's: `adapter_config.json` with `peft_type` PROMPT_TUNING, P_TUNING or PREFIX_TUNING, and
-one tensor, `prompt_embeddings`, (p, d) or (p, layers * 2 * d). PEFT has no form for both kinds in one, so such an adapter
-is a folder of two of PEFT's, `lora/` and `prompt/`, and the manifest `lorakit_adapter.json` that says so: no tool takes
-the one for the whole.
+A soft prompt alone is exactly PEFT's: `adapter_config.json` with `peft_type` PROMPT_TUNING, P_TUNING or PREFIX_TUNING,
+and one tensor, `prompt_embeddings`, (p, d) or (p, layers * 2 * d). PEFT has no form for both kinds in one, so such an
+adapter is a folder of two of PEFT's, `lora/` and `prompt/`, and the manifest `lorakit_adapter.json` that says so: no tool
+takes the one for the whole.
 """
 
 from __future__ import annotations

@@ -159,7 +159,9 @@ def _must_go_alone(model: Any, lengths: Sequence[int], max_new_tokens: int) -> b
     lies between it and them, and a sliding window would count that.
     """
     window = getattr(model.config.get_text_config(decoder=True), "sliding_window", None)
-    return bool(window) and max(lengths, default=0) + max_new_tokens > window and has_prefix(model)
+    if window is None or max(lengths, default=0) + max_new_tokens <= window:
+        return False
+    return has_prefix(model)
 
 
 def _batches(lengths: Sequence[int], max_new_tokens: int, batch_size: int) -> Iterator[list[int]]:
@@ -311,8 +313,8 @@ def _checked_lengths(model: Any, prompts: Sequence[Sequence[int]], max_new_token
         longest = max(lengths[row] for row in beyond)
         soft = " with those of a soft prompt" if any(virtual[row] for row in beyond) else ""
         raise ConfigError(
-            f"{len(beyond)} of {len(prompts)} prompts (first: number {beyond[0]}; longest: {longest:,} tokens{soft}) and "
-            f"max_new_tokens={max_new_tokens:,} do not fit into the model's context of {context:,} tokens. "
+            f"{len(beyond)} of {len(prompts)} prompts (first: number {beyond[0]}; longest: {longest:,} tokens{soft}) "
+            f"and max_new_tokens={max_new_tokens:,} do not fit into the model's context of {context:,} tokens. "
             "Shorten the prompts or lower max_new_tokens."
         )
     return lengths

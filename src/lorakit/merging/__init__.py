@@ -106,8 +106,8 @@ def merge(
     The base's shards are read and written tensor by tensor (a base whose files transformers converts while it loads is
     merged in memory instead). Of a base that was held quantised (a GGUF file's blocks, int8, NF4) the numbers are
     taken that the adapter was trained on, and a dense model is written: exactly what was trained. Arithmetic is fp32,
-    rounded once. Nothing stands at `output` before all checks are passed. A soft prompt that an adapter has is no part of
-    weights: it stays an adapter, for the merged model, in `output/prompt`, and what is compared is compared without it.
+    rounded once. Nothing stands at `output` before all checks are passed. A soft prompt that an adapter has is no part
+    of weights: it stays an adapter, for the merged model, in `output/prompt`, and models are compared without it.
 
     Args:
         adapters: folders, files or values; several are added up.
@@ -193,8 +193,8 @@ def merge(
         if tokenizer is not None:
             tokenizer.save_pretrained(building)
         if prompt is not None:
-            named = BaseInfo(name=str(output.resolve()), architecture="", dtype="", structure="", samples=())
-            replace(prompt, base=named).save(building / PROMPT)
+            merged_base = BaseInfo(name=str(output.resolve()), architecture="", dtype="", structure="", samples=())
+            replace(prompt, base=merged_base).save(building / PROMPT)
         found: Proof | None = None
         scores: dict[str, tuple[float, float]] = {}
         if verify:
@@ -248,8 +248,8 @@ def _apart(values: Sequence[Adapter], weights: Sequence[float]) -> tuple[list[Ad
     ]
     if not folded:
         raise AdapterError(
-            f"merge: the adapter is a soft prompt alone ({having[0][0].prompt}), which is no part of weights: use it as "
-            "it is, with --adapter"
+            f"merge: the adapter is a soft prompt alone ({having[0][0].prompt}), which is no part of weights: use it "
+            "as it is, with --adapter"
         )
     prompt = having[0][0].prompt_alone() if having else None
     return [value for value, _ in folded], [weight for _, weight in folded], prompt

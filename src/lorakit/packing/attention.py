@@ -14,11 +14,11 @@ import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface
 
-from lorakit.adapter.entering import OWN_PASS
+from lorakit.adapter.entering import OWN_PREFIX
 from lorakit.packing.layout import Group, Layout, Row, ShortRows
 
 ATTENTION_NAME = "lorakit_packed"
-LAYOUT = OWN_PASS  # keyword under which a Layout travels through the model's forward() to its attention
+LAYOUT = OWN_PREFIX  # keyword under which a Layout travels through the model's forward() to its attention
 
 
 def _gathered(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, group: Group) -> tuple[torch.Tensor, ...]:

@@ -442,8 +442,8 @@ def _refuse_long_rows(config: TrainConfig, model: Any, examples: Sequence[Exampl
     longest = max(len(example.ids) for example in examples)
     if virtual and context is not None and virtual + longest > context:
         raise ConfigError(
-            f"virtual_tokens: {virtual:,} and the longest row, {longest:,} tokens, are more than the model's context of "
-            f"{context:,}; set fewer, or max_length to {max(2, context - virtual)}"
+            f"virtual_tokens: {virtual:,} and the longest row, {longest:,} tokens, are more than the model's context "
+            f"of {context:,}; set fewer, or max_length to {max(2, context - virtual)}"
         )
 
 

@@ -14,6 +14,7 @@ from torch import nn
 from lorakit.adapter.attach import AttachedAdapters
 from lorakit.adapter.config import LoRAConfig
 from lorakit.adapter.folding import Exchange, require_biases
+from lorakit.adapter.prompt_config import PromptConfig
 from lorakit.adapter.resident import Resident, Update
 from lorakit.adapter.starts import Starts
 from lorakit.adapter.value import Adapter
@@ -62,7 +63,7 @@ class PeftAdapters(AttachedAdapters):
     def add(
         self,
         name: str,
-        adapter: LoRAConfig | Starts | Adapter | str | Path,
+        adapter: LoRAConfig | PromptConfig | Starts | Adapter | str | Path,
         *,
         tied: Sequence[str] = (),
         **options: Any,

@@ -73,8 +73,8 @@ class Truncated:
 def compress(adapter: Adapter, *, rank: int | None = None, energy: float | None = None) -> Truncated:
     """The nearest adapter of lower rank (Eckart-Young), with scale 1 (alpha = r) and balanced factors in fp32.
 
-    Biases, `modules_to_save` and a soft prompt stay as they are, and so does what biases of B (`lora_bias`) do; the error
-    is that of the weights' updates, since nothing of those is lost.
+    Biases, `modules_to_save` and a soft prompt stay as they are, and so does what biases of B (`lora_bias`) do; the
+    error is that of the weights' updates, since nothing of those is lost.
 
     Args:
         adapter: any; it stays as it is.

@@ -70,8 +70,8 @@ class SoftPrompt(nn.Module):
         """Embeddings `y` (..., d) of `ids` (...), with its own where they are its virtual tokens."""
         own = (ids >= self.first) & (ids < self.first + self.length)
         places = (ids - self.first).clamp(0, self.length - 1)  # no wait for the device, whether there are any
-        looked_up: torch.Tensor = F.embedding(places, self()).to(y.dtype)
-        return torch.where(own.unsqueeze(-1), looked_up, y)
+        mixed: torch.Tensor = torch.where(own.unsqueeze(-1), F.embedding(places, self()).to(y.dtype), y)
+        return mixed
 
     def by_layer(self, dtype: torch.dtype) -> torch.Tensor:
         """(2 * layers, p, heads, width): keys of layer i at 2 i, its values at 2 i + 1."""

@@ -248,8 +248,8 @@ def read(path: Path, context: Context) -> Adapter:
     folder = path if path.is_dir() else path.parent
     if (folder / peft_prompt.MANIFEST).is_file():
         peft_prompt.read_manifest(folder)
-        parts = (read(folder / peft_prompt.PARTS[part], context) for part in ("lora", "prompt"))
-        return peft_prompt.joined(*parts, folder)
+        parts = {part: read(folder / name, context) for part, name in peft_prompt.PARTS.items()}
+        return peft_prompt.joined(parts["lora"], parts["prompt"], folder)
     tensor_file = folder / TENSOR_FILE
     missing = [name for name in (CONFIG_FILE, TENSOR_FILE) if not (folder / name).is_file()]
     if missing:

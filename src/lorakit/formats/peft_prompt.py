@@ -2,8 +2,8 @@
 
 A soft prompt alone is exactly PEFT's: `adapter_config.json` with `peft_type` PROMPT_TUNING, P_TUNING or PREFIX_TUNING,
 and one tensor, `prompt_embeddings`, (p, d) or (p, layers * 2 * d). PEFT has no form for both kinds in one, so such an
-adapter is a folder of two of PEFT's, `lora/` and `prompt/`, and the manifest `lorakit_adapter.json` that says so: no tool
-takes the one for the whole.
+adapter is a folder of two of PEFT's, `lora/` and `prompt/`, and the manifest `lorakit_adapter.json` that says so: no
+tool takes the one for the whole.
 """
 
 from __future__ import annotations
@@ -138,7 +138,7 @@ def read_manifest(folder: Path) -> None:
     """See that a folder is one of two parts as we write it.
 
     Raises:
-        AdapterFileError: its manifest says something else.
+        AdapterFileError: its manifest says something else, or a part is missing.
     """
     try:
         found = read_json(folder / MANIFEST)
@@ -146,6 +146,9 @@ def read_manifest(folder: Path) -> None:
         raise AdapterFileError(str(error)) from error
     if found != {"format": 1, "parts": PARTS}:
         raise AdapterFileError(f"{folder / MANIFEST}: not a manifest of this version of lorakit: {found}")
+    missing = [name for name in PARTS.values() if not (folder / name).is_dir()]
+    if missing:
+        raise AdapterFileError(f"{folder}: an adapter of two parts without its folder {' and '.join(missing)}")
 
 
 def joined(lora: Adapter, prompt: Adapter, folder: Path) -> Adapter:

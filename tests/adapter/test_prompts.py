@@ -27,6 +27,7 @@ from transformers import (
 import lorakit
 from lorakit import LoRAConfig, PromptConfig
 from lorakit.adapter.attach import first_tokens
+from lorakit.adapter.began import residual_form
 from lorakit.data.batches import collate
 from lorakit.errors import AdapterError, AdapterMismatchError, ConfigError, TargetError
 from lorakit.fusion import fused
@@ -414,7 +415,7 @@ def test_values_come_back_as_they_were():
         other = tiny_llama(num_key_value_heads=4) if kind == "prefix" else tiny_llama(hidden_size=64)
         with pytest.raises(AdapterMismatchError, match="shape: prompt is"):
             lorakit.attach(other, value.prompt_alone(), check_base=False)
-        for what in (lambda v: v.scaled(2.0), lambda v: lorakit.combine([v, v])):
+        for what in (lambda v: v.scaled(2.0), lambda v: lorakit.combine([v, v]), residual_form):
             with pytest.raises(AdapterError, match=rf"the adapter has a soft prompt besides \({P} virtual tokens"):
                 what(value)
         compressed = value.compress(rank=2)

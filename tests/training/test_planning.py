@@ -270,7 +270,7 @@ def test_a_base_in_fewer_bits_is_suggested_where_only_checkpointing_fits(planned
 
 def test_the_blocks_of_a_file_are_suggested_and_hold_the_same_numbers():
     config = {"model": "smollm2", "data": "none", "dtype": "fp32", "quantize": "none", "device": "cuda"}
-    planner = Planner(TrainConfig.from_dict(config), rows(20, 30))
+    planner = Planner(TrainConfig.from_dict(config), rows(30))
     plain = planner.fitting(None)[0]
     (suggested,) = planner.suggestions(plain.peak - 1)
     assert (suggested.flag, suggested.value, suggested.same_result) == ("quantize", "blocks", True)

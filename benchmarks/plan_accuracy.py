@@ -132,9 +132,11 @@ def child(name: str, part: str, model_name: str, folder: Path) -> dict[str, obje
     from lorakit.files import JsonLines
     from lorakit.models import load_weights
     from lorakit.training.loop import Plan, fit
-    from lorakit.training.planning import Planner, checkpoint_activations, timed
+    from lorakit.training.planning import Planner
+    from lorakit.training.recomputing import checkpoint_activations
     from lorakit.training.run import resolved
     from lorakit.training.subject import subject_of
+    from lorakit.training.timing import timed
 
     _, kind, flags = SETTINGS[name]
     lora = {} if flags.get("method") == "full" else {"lora": {"r": 8}}

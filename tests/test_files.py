@@ -509,6 +509,37 @@ def test_tensors_come_back_bit_for_bit_and_equal_content_gives_equal_bytes(tmp_p
         assert torch.equal(found[name], tensor.detach())
 
 
+def test_tensors_lie_where_the_library_puts_them(tmp_path):
+    mixed = {
+        "b": torch.arange(3),
+        "a": torch.ones(5, dtype=torch.uint8),
+        "c": torch.randn(2, 3).half(),
+        "": torch.ones(()),
+    }
+    for tensors in (mixed, {}):
+        files.write_safetensors(tmp_path / "ours", tensors, {"k": "v"})
+        save_file(tensors, tmp_path / "theirs", {"k": "v"})
+        ours, theirs = ((tmp_path / name).read_bytes() for name in ("ours", "theirs"))
+        assert len(ours) == len(theirs)
+        (length,) = struct.unpack("<Q", ours[:8])
+        assert ours[8 + length :] == theirs[8 + length :]
+        assert json.loads(ours[8 : 8 + length]) == json.loads(theirs[8 : 8 + length])
+
+
+def test_a_file_of_tensors_is_written_without_a_copy_of_them(tmp_path):
+    script = f"""
+import resource, torch
+from lorakit.files import write_safetensors
+tensors = {{str(i): torch.ones(2_500_000) for i in range(20)}}
+write_safetensors({str(tmp_path / "first")!r}, {{"0": tensors["0"]}})
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+write_safetensors({str(tmp_path / "all")!r}, tensors)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+    taken = subprocess.run([sys.executable, "-c", script], check=True, stdout=subprocess.PIPE, text=True).stdout
+    assert int(taken) * 1024 < 100_000_000  # of 200 MB
+
+
 # ---------------------------------------------------------------- locks
 
 HOLDER = """

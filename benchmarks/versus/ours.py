@@ -19,7 +19,7 @@ from lorakit.models import load_model
 from lorakit.training.loop import accumulate, ready
 from lorakit.training.objectives import mean_loss
 from lorakit.training.optim import clip_gradients, make_optimizer, make_scaler
-from lorakit.training.planning import checkpoint_activations
+from lorakit.training.recomputing import checkpoint_activations
 from versus.measure import peak_gb, timed
 from versus.prepare import ADAM_BETAS, ADAM_EPSILON, CLIP, LEARNING_RATE, RANK, Steps
 

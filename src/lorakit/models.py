@@ -301,11 +301,20 @@ def storage_of(spec: str | Path, quantize: str = "auto") -> Storage:
         raise ConfigError(f"quantize: unknown {quantize!r}; allowed: {', '.join(known)}")
     source = resolve(spec)
     if quantize == "auto":
-        named = source.kind == "gguf" and source.name != SMOLLM2
-        return "blocks" if named and holds_blocks(Path(source.location)) else "none"
+        return "blocks" if source.name != SMOLLM2 and blocks_of(spec) else "none"
     if quantize == "blocks" and source.kind != "gguf":
         raise ConfigError(f"quantize: {source.spec} is no GGUF file, so it has no blocks to keep; choose int8 or nf4")
     return quantize  # type: ignore[return-value]
+
+
+def blocks_of(spec: str | Path) -> bool:
+    """Whether a base is a GGUF file with blocks that can be kept.
+
+    Raises:
+        ModelError: as `storage_of`.
+    """
+    source = resolve(spec)
+    return source.kind == "gguf" and holds_blocks(Path(source.location))
 
 
 def agreed_storage(adapters: Sequence[Adapter], spec: str | Path, quantize: str = "auto") -> str:

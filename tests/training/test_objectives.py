@@ -13,7 +13,7 @@ from lorakit.data.batches import collate
 from lorakit.training.loop import accumulate, ready
 from lorakit.training.objectives import Predictions, losses_by_example, mean_loss
 from lorakit.training.optim import make_scaler
-from lorakit.training.planning import checkpoint_activations
+from lorakit.training.recomputing import checkpoint_activations
 from tiny_models import SMALL, tiny_llama
 
 

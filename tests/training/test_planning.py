@@ -31,7 +31,8 @@ from lorakit.data.sources import Origin
 from lorakit.fusion import fused
 from lorakit.packing import packed_attention
 from lorakit.training.objectives import Predictions
-from lorakit.training.planning import Planner, checkpoint_activations
+from lorakit.training.planning import Planner
+from lorakit.training.recomputing import checkpoint_activations
 from lorakit.training.trace import AsOnDevices, _Allocations, trace_evaluation, trace_step
 from tiny_models import SMALL, tiny_llama
 
@@ -168,9 +169,10 @@ def planned(tmp_path_factory):
     folder = tmp_path_factory.mktemp("base")
     tiny_llama(hidden_size=64, intermediate_size=192, num_hidden_layers=4, context=512).save_pretrained(folder)
 
-    def make(**changes):
+    def make(train=rows(*range(20, 420, 20)), valid=rows(40), **changes):  # noqa: B008
         settings = {"model": str(folder), "data": "none", "dtype": "fp32", "device": "cuda", "lora": {"r": 4}}
-        return Planner(TrainConfig.from_dict({**settings, **changes}), rows(*range(20, 420, 20)), rows(40))
+        settings |= {"quantize": "none", **changes}
+        return Planner(TrainConfig.from_dict(settings), train, valid)
 
     return make
 
@@ -192,6 +194,86 @@ def test_auto_takes_as_many_rows_at_once_as_memory_holds(planned):
 def test_on_a_cpu_auto_takes_no_more_at_once_than_the_default(planned):
     assert planned(batch_size="auto").chosen(None).micro_batch_tokens > 1000
     assert planned(batch_size="auto", micro_batch_tokens=1000, device="cpu").chosen(None).micro_batch_tokens == 1000
+
+
+def test_an_evaluation_takes_no_more_than_a_step(planned):
+    """With steps of one short row, evaluations are divided; no further than memory asks, or than their rows allow."""
+    many = rows(*[100] * 40)
+    for checkpointing in ("off", "on"):
+        planner = planned(rows(*[100] * 4), many, batch_size=1, gradient_checkpointing=checkpointing)
+        asked = planner.asked()
+        memory = planner.memory(asked.micro_batch_tokens, checkpointing=asked.gradient_checkpointing)
+        assert 0 < memory.evaluation <= memory.training
+        assert 100 <= asked.eval_batch_tokens < asked.micro_batch_tokens
+        assert asked.applied(planner.config).evaluation_tokens == asked.eval_batch_tokens
+    whole = planned(rows(*[100] * 40), many, batch_size=40, gradient_checkpointing="off")
+    assert whole.asked().eval_batch_tokens == 4096
+    assert planned(rows(20), many, eval_batch_tokens=3000).asked().eval_batch_tokens == 3000
+
+
+def test_a_row_of_an_evaluation_that_takes_more_than_any_step_is_told(planned):
+    planner = planned(rows(*[20] * 4), rows(400), batch_size=1, gradient_checkpointing="on")
+    asked = planner.asked()
+    memory = planner.memory(asked.micro_batch_tokens, checkpointing=True)
+    assert memory.evaluation > memory.training
+    assert asked.peak == memory.process + memory.weights + memory.adapter + memory.evaluation
+
+
+@pytest.mark.parametrize("make", [*MODELS.values(), *ROW_BY_ROW.values()], ids=[*MODELS, *ROW_BY_ROW])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_of_the_same_rows_an_evaluation_takes_less_whatever_the_model(make, checkpointing):
+    model = make()
+    attach(model, LoRAConfig(r=4))
+    checkpoint_activations(model.to("meta"), on=checkpointing, again=AsOnDevices)
+    batch = collate(rows(60, 90, 40, 75), range(4))
+    assert trace_evaluation(model, batch, 100).peak <= trace_step(model, batch, 100).peak
+
+
+def test_a_kept_trunk_is_counted_where_it_lies(planned):
+    upper = {"lora": {"r": 4, "layers": [2, 3]}, "device": "cpu"}
+    kept, off = (planned(cache_trunk=where, **upper).asked() for where in ("memory", "off"))
+    planner = planned(cache_trunk="memory", **upper)
+    tokens = sum(len(example.ids) for example in (*planner.train, *planner.valid))
+    assert planner.trunk == pytest.approx(tokens * 64 * 4, rel=0.05)  # what a row ends with is not read
+    assert kept.peak - off.peak == pytest.approx(planner.trunk, abs=60_000_000)  # the process itself may have grown
+    assert planned(cache_trunk="disk", **upper).trunk == 0
+    assert planned(cache_trunk="memory", lora={"r": 4, "layers": [2, 3]}).trunk == 0  # a GPU's memory holds none of it
+
+
+@pytest.fixture(scope="module")
+def without_weights(tmp_path_factory):
+    """A base of 200M parameters, of which there is the config alone."""
+    folder = tmp_path_factory.mktemp("config")
+    sizes = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 12, "vocab_size": 1000}
+    LlamaConfig(**sizes, num_attention_heads=8, architectures=["LlamaForCausalLM"]).save_pretrained(folder)
+    return str(folder)
+
+
+def test_a_base_in_fewer_bits_is_suggested_where_only_checkpointing_fits(planned, without_weights):
+    planner = planned(model=without_weights, micro_batch_tokens=400)
+    plain, checkpointed = planner.fitting(None)
+    assert not plain.gradient_checkpointing
+    assert not list(planner.suggestions(plain.peak))
+    suggested = list(planner.suggestions(plain.peak - 1))
+    assert [(each.flag, each.value) for each in suggested] == [("quantize", "int8"), ("quantize", "nf4")]
+    assert not any(each.setting.gradient_checkpointing or each.same_result for each in suggested)
+    quantised = planned(model=without_weights, micro_batch_tokens=400, quantize="nf4")
+    assert planner.weights - quantised.weights > 500_000_000
+    assert suggested[1].setting.peak == quantised.asked().peak
+    nothing_fits = [each.value for each in planner.suggestions(checkpointed.peak - 1)]
+    assert nothing_fits[:2] == ["int8", "nf4"]
+    assert "bf16" in nothing_fits
+    only_with_checkpointing = list(planner.suggestions(suggested[1].setting.peak - 1))
+    assert [each.setting.gradient_checkpointing for each in only_with_checkpointing if each.value == "nf4"] == [True]
+    assert not list(quantised.suggestions(1))
+
+
+def test_the_blocks_of_a_file_are_suggested_and_hold_the_same_numbers():
+    config = {"model": "smollm2", "data": "none", "dtype": "fp32", "quantize": "none", "device": "cuda"}
+    planner = Planner(TrainConfig.from_dict(config), rows(30))
+    plain = planner.fitting(None)[0]
+    (suggested,) = planner.suggestions(plain.peak - 1)
+    assert (suggested.flag, suggested.value, suggested.same_result) == ("quantize", "blocks", True)
 
 
 def test_a_narrower_dtype_is_suggested_where_nothing_else_fits(planned):

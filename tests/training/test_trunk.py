@@ -15,7 +15,7 @@ from lorakit.errors import ConfigError, RunError
 from lorakit.training.loop import accumulate, ready
 from lorakit.training.objectives import mean_loss
 from lorakit.training.optim import make_scaler
-from lorakit.training.planning import checkpoint_activations
+from lorakit.training.recomputing import checkpoint_activations
 from lorakit.training.run import train
 from lorakit.training.trunk import Trunk, kept_trunk, refuse_too_large, trunk_of
 from tiny_models import SMALL, byte_tokenizer, tiny_gpt2, tiny_llama

@@ -13,7 +13,7 @@ from lorakit.errors import ConfigError
 from lorakit.training.config import TrainConfig
 
 if TYPE_CHECKING:
-    from lorakit.training.planning import RunPlan, Setting
+    from lorakit.training.planned import RunPlan, Setting, Suggestion
 
 _NO_DATA = "no data"
 
@@ -78,7 +78,8 @@ def lines(plan: RunPlan) -> list[str]:
         f"({plan.trained / plan.parameters:.2%}); adapter file {size(plan.adapter_bytes)}",
         f"steps   {plan.steps:,}, {plan.tokens:,} tokens, of which {plan.computed:.0%} go through the model",
         f"memory  {size(memory.peak)}: process {size(memory.process)}, held {size(memory.held)}, weights "
-        f"{size(memory.weights)}, adapter and optimiser {size(memory.adapter)}, step {size(memory.training)} "
+        f"{size(memory.weights)}, adapter and optimiser {size(memory.adapter)}, "
+        f"{f'trunk {size(memory.trunk)}, ' if memory.trunk else ''}step {size(memory.training)} "
         f"(activations {size(memory.activations)}, logits {size(memory.logits)}), or evaluation "
         f"{size(memory.evaluation)}",
     ]
@@ -95,13 +96,9 @@ def lines(plan: RunPlan) -> list[str]:
         told += [f"  fits  {_setting(each)}" for each in plan.fitting] or [
             "  nothing that leaves the result as it is fits"
         ]
-        told += [
-            f"  else  {_setting(each.setting)} --{each.flag.replace('_', '-')} {each.value}: another result"
-            + (f", {each.rows_cut:,} rows are cut" if each.rows_cut else "")
-            for each in plan.suggestions
-        ]
+        told += [f"  else  {_suggestion(each)}" for each in plan.suggestions]
         if not plan.fitting and not plan.suggestions:
-            told.append("  nor with shorter rows or bf16: a smaller model, or another machine")
+            told.append("  nor with a base in fewer bits, bf16 or shorter rows: a smaller model, or another machine")
     return told
 
 
@@ -115,3 +112,14 @@ def _setting(setting: Setting) -> str:
         f"--micro-batch-tokens {setting.micro_batch_tokens} "
         f"--gradient-checkpointing {'on' if setting.gradient_checkpointing else 'off'}"
     )
+
+
+def _suggestion(suggestion: Suggestion) -> str:
+    """Setting and flag, and what follows from it."""
+    effects = ["the same numbers in fewer bits" if suggestion.same_result else "another result"]
+    if suggestion.flag == "quantize":
+        effects.append("unpacking takes more time than is counted here")
+    if suggestion.rows_cut:
+        effects.append(f"{suggestion.rows_cut:,} rows are cut")
+    flag = f"--{suggestion.flag.replace('_', '-')} {suggestion.value}"
+    return f"{_setting(suggestion.setting)} {flag}: {', '.join(effects)}"

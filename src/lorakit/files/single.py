@@ -8,6 +8,7 @@ import contextlib
 import hashlib
 import os
 import uuid
+from collections.abc import Iterable
 from pathlib import Path
 
 from lorakit.errors import FileError
@@ -19,12 +20,22 @@ def write_bytes(path: str | Path, data: bytes) -> None:
     Raises:
         FileError: it could not be written; the old file, if any, is as it was.
     """
+    write_pieces(path, (data,))
+
+
+def write_pieces(path: str | Path, pieces: Iterable[bytes | memoryview]) -> None:
+    """`write_bytes` of data that need not be in memory as a whole: of its pieces in their order.
+
+    Raises:
+        FileError: as `write_bytes`.
+    """
     path = Path(path)
     temporary = path.with_name(f".tmp-{uuid.uuid4().hex}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:
-            file.write(data)
+            for piece in pieces:
+                file.write(piece)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from lorakit.errors import FileError, bullet_list
 from lorakit.files.json_files import parse_json
-from lorakit.files.single import write_bytes
+from lorakit.files.single import write_bytes, write_pieces
 
 if TYPE_CHECKING:
     import torch
@@ -34,31 +34,24 @@ _SAFETENSORS_BYTES = {
 def write_safetensors(
     path: str | Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Tensors in the order of their names, so equal content gives equal bytes.
+    """Wide dtypes first (each number then lies at a multiple of its size), then in the order of names, so equal content
+    gives equal bytes. The tensors are written as they lie in memory: no more than one of them is copied at a time.
 
     Args:
         path: the target file.
-        tensors: name -> tensor; moved to the CPU and made contiguous as needed.
+        tensors: name -> tensor; moved to the CPU and made contiguous as needed. Those that share memory (tied weights)
+            are stored each on its own.
         metadata: strings for the header.
     """
-    from safetensors.torch import save
+    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    layout = {name: (tensors[name].dtype, tuple(tensors[name].shape)) for name in names}
 
-    ready: dict[str, torch.Tensor] = {}
-    storages: set[int] = set()
-    for name in sorted(tensors):
-        tensor = tensors[name].detach().to("cpu").contiguous()
-        storage = tensor.untyped_storage().data_ptr()
-        # the library refuses tensors that share memory (tied weights); each name here is stored on its own
-        ready[name] = tensor.clone() if storage in storages else tensor
-        storages.add(storage)
-    data = save(ready, metadata=dict(metadata) if metadata else None)
-    # The library writes metadata in the order of a hash table, another one each time: write the header again, sorted.
-    (length,) = struct.unpack("<Q", data[:8])
-    header = json.dumps(
-        json.loads(data[8 : 8 + length]), sort_keys=True, separators=(",", ":"), ensure_ascii=False
-    ).encode()
-    header += b" " * (-len(header) % 8)  # tensors begin at a multiple of eight bytes
-    write_bytes(path, struct.pack("<Q", len(header)) + header + data[8 + length :])
+    def pieces() -> Iterator[bytes | memoryview]:
+        yield _head(layout, metadata or {})
+        for name in names:
+            yield _raw(tensors[name])
+
+    write_pieces(path, pieces())
 
 
 class SafetensorsWriter:
@@ -81,31 +74,19 @@ class SafetensorsWriter:
         self._path = Path(path)
         self._left = list(layout)
         self._layout = dict(layout)
-        names = {dtype: name for name, dtype in torch_dtypes().items()}
-        header: dict[str, Any] = {"__metadata__": dict(sorted((metadata or {"format": "pt"}).items()))}
-        position = 0
-        for name, (dtype, shape) in layout.items():
-            end = position + math.prod(shape) * _SAFETENSORS_BYTES[names[dtype]]
-            header[name] = {"dtype": names[dtype], "shape": list(shape), "data_offsets": [position, end]}
-            position = end
-        encoded = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-        encoded += b" " * (-len(encoded) % 8)
         try:
             self._file = self._path.open("xb")
-            self._file.write(struct.pack("<Q", len(encoded)) + encoded)
+            self._file.write(_head(layout, metadata or {"format": "pt"}))
         except OSError as error:
             raise FileError(f"{path}: could not be written: {error.strerror or error}") from error
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
         """Append the next tensor of the layout."""
-        import torch
-
         assert self._left, "every tensor of the layout has been written"
         expected = self._left.pop(0)
         assert (name, tensor.dtype, tuple(tensor.shape)) == (expected, *self._layout[expected]), "not the next one"
-        data = tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8)
         try:
-            self._file.write(data.numpy().data)
+            self._file.write(_raw(tensor))
         except OSError as error:
             raise FileError(f"{self._path}: could not be written: {error.strerror or error}") from error
 
@@ -115,6 +96,27 @@ class SafetensorsWriter:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._file.close()
         assert kind is not None or not self._left, f"not written: {self._left[:3]}"
+
+
+def _head(layout: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], metadata: Mapping[str, str]) -> bytes:
+    """What stands before the tensors."""
+    names = {dtype: name for name, dtype in torch_dtypes().items()}
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    position = 0
+    for name, (dtype, shape) in layout.items():
+        end = position + math.prod(shape) * _SAFETENSORS_BYTES[names[dtype]]
+        header[name] = {"dtype": names[dtype], "shape": list(shape), "data_offsets": [position, end]}
+        position = end
+    encoded = json.dumps(header, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+    encoded += b" " * (-len(encoded) % 8)  # tensors begin at a multiple of eight bytes
+    return struct.pack("<Q", len(encoded)) + encoded
+
+
+def _raw(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a tensor; its own where it lies in one piece on the CPU."""
+    import torch
+
+    return tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def torch_dtypes() -> dict[str, torch.dtype]:

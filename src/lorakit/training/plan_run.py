@@ -12,8 +12,11 @@ from lorakit.errors import ConfigError
 from lorakit.models import load_model
 from lorakit.training.config import TrainConfig
 from lorakit.training.loop import Plan
-from lorakit.training.planning import Planner, RunPlan, checkpoint_activations, timed
+from lorakit.training.planned import RunPlan
+from lorakit.training.planning import Planner
+from lorakit.training.recomputing import checkpoint_activations
 from lorakit.training.run import read, resolved
+from lorakit.training.timing import timed
 
 
 def plan_run(

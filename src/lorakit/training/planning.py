@@ -1,7 +1,7 @@
-"""What a run will take before it is run: parameters, memory, file size, time. Trains nothing.
+"""What a run will take before it is run: parameters, memory, file size; and settings with which it fits.
 
 Memory is traced, operation by operation, on a skeleton of the model (`training.trace`), so a model needs no weights and
-may be larger than the machine. Time is measured, on steps of the run itself, where the model is here.
+may be larger than the machine. Time is `training.timing`'s.
 """
 
 from __future__ import annotations
@@ -9,11 +9,9 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
-import statistics
-import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal, NamedTuple
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 
@@ -22,16 +20,15 @@ from lorakit.adapter.attach import attach, first_tokens, soft_prompt_of
 from lorakit.data.batches import Batch, collate, plan_evaluation
 from lorakit.data.chat import Example
 from lorakit.errors import ModelError
-from lorakit.models import load_skeleton, storage_of, weights_size
+from lorakit.models import blocks_of, load_skeleton, weights_size
 from lorakit.packing import packed_attention
 from lorakit.training.config import TrainConfig
-from lorakit.training.gradients import Gradients
-from lorakit.training.loop import Plan, accumulate, ready
-from lorakit.training.objectives import mean_loss
-from lorakit.training.optim import make_scaler
+from lorakit.training.loop import Plan, ready
+from lorakit.training.planned import Memory, RunPlan, Setting, Suggestion
 from lorakit.training.products import products_bytes
+from lorakit.training.recomputing import checkpoint_activations
 from lorakit.training.trace import AsOnDevices, Traced, trace_evaluation, trace_step
-from lorakit.training.trunk import kept_trunk, trunk_of
+from lorakit.training.trunk import trunk_of
 
 CUDA_CONTEXT = 600_000_000  # bytes that CUDA takes for itself; as others report it, not measured here
 # Of what a forward pass allocates and gives back, how much the C library cannot use again for blocks of the same size,
@@ -45,147 +42,6 @@ _SMALLER = 1.05  # time of a step in micro-batches of half the size: smaller pro
 _MOST_COLLATED = 32  # micro-batches looked at, of the longest
 _SHORTER = (0.75, 0.5, 0.25, 0.125)  # of the longest row: lengths that are tried as a suggestion
 _FEWER_BITS = ("int8", "nf4")  # ways to hold a base that are tried as a suggestion, the nearest to the original first
-
-
-@dataclass(frozen=True, kw_only=True)
-class Memory:
-    """Bytes that a run takes.
-
-    Attributes:
-        process: interpreter and libraries; on a GPU, what CUDA takes for itself.
-        held: on a CPU, what the C library holds and cannot use again, and kernels made for shapes of products.
-        weights: the base as it is held, with what of a quantised one is dense at one time, and what `frozen_products`
-            makes of it.
-        adapter: trained tensors with gradients, optimiser state and the best copy; what it holds besides.
-        trunk: what `cache_trunk` keeps in the same memory.
-        training: beside these, the most of a training step.
-        activations: of `training`, what the forward pass keeps for the backward pass.
-        logits: of `training`, the logits that are there at once, whose gradient takes their place.
-        evaluation: as `training`, the most of an evaluation.
-    """
-
-    process: int
-    held: int
-    weights: int
-    adapter: int
-    trunk: int
-    training: int
-    activations: int
-    logits: int
-    evaluation: int
-
-    @property
-    def peak(self) -> int:
-        """The most at one time."""
-        return self.process + self.held + self.weights + self.adapter + self.trunk + self.passing
-
-    @property
-    def passing(self) -> int:
-        """Of the peak, what comes and goes with a step or an evaluation."""
-        return max(self.training, self.evaluation)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Setting:
-    """Settings that change memory and time and leave the result as it is but for rounding.
-
-    Attributes:
-        micro_batch_tokens: tokens that go through the model at once.
-        gradient_checkpointing: whether activations are computed again instead of kept.
-        eval_batch_tokens: tokens that go through the model at once in evaluations.
-        rows: that go through the model at once, at most.
-        micro_batches: into which a step is divided, at most; their gradients are accumulated.
-        peak: bytes.
-        passing: bytes of `peak` that come and go with a step or an evaluation.
-        time: of a step, against the fastest setting without checkpointing; an estimate.
-    """
-
-    micro_batch_tokens: int
-    gradient_checkpointing: bool
-    eval_batch_tokens: int
-    rows: int
-    micro_batches: int
-    peak: int
-    passing: int
-    time: float
-
-    def applied(self, config: TrainConfig) -> TrainConfig:
-        """The config with these settings, and nothing of them left open."""
-        return config.replace(
-            batch_size=config.rows,
-            micro_batch_tokens=self.micro_batch_tokens,
-            eval_batch_tokens=self.eval_batch_tokens,
-            gradient_checkpointing="on" if self.gradient_checkpointing else "off",
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Suggestion:
-    """A change after which a run fits, or fits without checkpointing, and which is the user's to make.
-
-    Attributes:
-        flag: what to change.
-        value: to what.
-        rows_cut: training rows that lose tokens by it.
-        setting: the fastest that fits then.
-    """
-
-    flag: Literal["max_length", "dtype", "quantize"]
-    value: int | str
-    rows_cut: int
-    setting: Setting
-
-    @property
-    def same_result(self) -> bool:
-        """Whether the result stays as it is but for rounding: the blocks of a file hold the same numbers."""
-        return self.value == "blocks"
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunPlan:
-    """What a run will take.
-
-    Attributes:
-        parameters: of the base.
-        trained: numbers that are trained.
-        adapter_bytes: of the adapter's file.
-        steps: optimiser steps.
-        tokens: of all rows of all steps.
-        computed: share of them that goes through the model; what rows of a step have in common goes once.
-        memory: of `chosen`.
-        limit: bytes there are; None: unknown.
-        asked: the settings asked for; where batch_size is auto, as much at once as is worth trying.
-        chosen: those, or where they do not fit and the config leaves it open, the fastest that do.
-        fitting: settings that fit, the fastest first.
-        suggestions: where nothing fits without checkpointing, what would with a base in fewer bits; where nothing fits
-            at all, also what would with a narrower dtype or shorter rows.
-        seconds: of all steps and evaluations; None: not measured.
-        tokens_per_second: None: not measured.
-    """
-
-    parameters: int
-    trained: int
-    adapter_bytes: int
-    steps: int
-    tokens: int
-    computed: float
-    memory: Memory
-    limit: int | None
-    asked: Setting
-    chosen: Setting
-    fitting: tuple[Setting, ...]
-    suggestions: tuple[Suggestion, ...] = ()
-    seconds: float | None = None
-    tokens_per_second: float | None = None
-
-    @property
-    def fits(self) -> bool:
-        """Whether the chosen settings fit, as far as is known."""
-        return self.limit is None or self.memory.peak <= self.limit
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return {**asdict(self), "memory": {**asdict(self.memory), "peak": self.memory.peak}, "fits": self.fits}
 
 
 class NotTraceableError(ModelError):
@@ -390,7 +246,7 @@ class Planner:
         config = self.config
         if config.quantize != "none" or config.method == "full" or config.frozen_products != "exact":
             return ()
-        return ("blocks",) if storage_of(config.model) == "blocks" else _FEWER_BITS
+        return ("blocks",) if blocks_of(config.model) else _FEWER_BITS
 
     def _otherwise(self, **changes: Any) -> Planner:
         """The same with other settings."""
@@ -466,73 +322,7 @@ def _tracing(model: Any) -> Iterator[None]:
         raise NotTraceableError(f"{type(model).__name__} cannot be traced: {error}") from error
 
 
-def checkpoint_activations(
-    model: Any, *, on: bool, again: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
-) -> None:
-    """Have a transformers model keep only what enters its layers, and compute the rest again in the backward pass.
-
-    Args:
-        model: a transformers model.
-        on: or no longer.
-        again: what to enter while layers are computed again.
-    """
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    disable = getattr(model, "activation_checkpointing_disable", None) or model.gradient_checkpointing_disable
-    if on:
-        enable({"use_reentrant": False, "context_fn": lambda: (contextlib.nullcontext(), again())})
-    elif any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
-        disable()
-
-
 def _spread(steps: Plan) -> list[list[int]]:
     """Micro-batches of the first epoch, evenly spread, at most `_MOST_COLLATED`."""
     groups = [rows for step in steps.epoch() for rows in step]
     return groups[:: math.ceil(len(groups) / _MOST_COLLATED)]
-
-
-def timed(
-    plan: RunPlan, config: TrainConfig, model: Any, train: Sequence[Example], valid: Sequence[Example], *, steps: int
-) -> RunPlan:
-    """The plan with the time that a few of the run's own steps and one evaluation take here; trains nothing.
-
-    Args:
-        plan: of the same run.
-        config: of the run, resolved.
-        model: the base, loaded, with the adapter attached and active.
-        train: training rows.
-        valid: validation rows.
-        steps: how many, spread over the first epoch.
-    """
-
-    def tokens(step: Sequence[Sequence[int]]) -> int:
-        return sum(config.prompt.in_rows + len(train[row].ids) for rows in step for row in rows)
-
-    epoch = list(Plan.of(config, train).epoch())
-    # the largest one first, uncounted: it touches all the memory that the others will have
-    chosen = [max(epoch, key=tokens), *epoch[:: math.ceil(len(epoch) / steps)]]
-    scaler = make_scaler(next(model.parameters()).dtype, next(model.parameters()).device)
-    rates, before = [], 0.0
-    longest = config.prompt.in_context + max(len(example.ids) for example in (*train, *valid))
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    with contextlib.ExitStack() as stack:
-        share = stack.enter_context(ready(model, longest, config.frozen_products))
-        if config.cache_trunk != "off":  # of the rows that will come here; all take as much longer as they have tokens
-            used = [*(train[row] for step in chosen for rows in step for row in rows), *valid]
-            start = time.perf_counter()
-            stack.enter_context(kept_trunk(model, used, folder=None, micro_batch_tokens=config.evaluation_tokens))
-            before = (time.perf_counter() - start) / trunk_of(model, used).tokens
-            before *= trunk_of(model, (*train, *valid)).tokens
-        gradients = stack.enter_context(Gradients(trained))
-        mean_loss(model, valid, micro_batch_tokens=config.evaluation_tokens)
-        for number, step in enumerate(chosen):
-            start = time.perf_counter()
-            with gradients.of_step():
-                accumulate(model, train, step, scaler, config.seed, number, share=share)
-            rates.append(tokens(step) / (time.perf_counter() - start))
-        start = time.perf_counter()
-        mean_loss(model, valid, micro_batch_tokens=config.evaluation_tokens)
-        evaluation = time.perf_counter() - start
-    rate = statistics.median(rates[1:])
-    assert config.eval_steps is not None, "the caller resolves it"
-    evaluations = 1 + math.ceil(plan.steps / config.eval_steps)
-    return replace(plan, tokens_per_second=rate, seconds=before + plan.tokens / rate + evaluations * evaluation)

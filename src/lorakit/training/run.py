@@ -50,8 +50,9 @@ from lorakit.training.identity import differences, identity_of, machine_changes
 from lorakit.training.loop import Fitted, Plan, fit, ready, restore_tensors
 from lorakit.training.objectives import Predictions
 from lorakit.training.optim import default_learning_rate
-from lorakit.training.planning import Planner, checkpoint_activations
+from lorakit.training.planning import Planner
 from lorakit.training.products import refuse_products
+from lorakit.training.recomputing import checkpoint_activations
 from lorakit.training.subject import Subject, TrainedAdapter, subject_of
 from lorakit.version import __version__
 

@@ -77,7 +77,8 @@ class SoftPrompt(nn.Module):
         """(2 * layers, p, heads, width): keys of layer i at 2 i, its values at 2 i + 1."""
         assert self.key_values is not None, "only a prefix has keys and values"
         layers, heads, width = self.key_values
-        return self().to(dtype).view(self.length, 2 * layers, heads, width).transpose(0, 1)
+        vectors: torch.Tensor = self()
+        return vectors.to(dtype).view(self.length, 2 * layers, heads, width).transpose(0, 1)
 
     def extra_repr(self) -> str:
         """What it is, for print(model)."""

@@ -363,6 +363,8 @@ def test_a_prompt_is_never_silently_absent():
             model(ids)
         with pytest.raises(AdapterError, match="needs input_ids"):
             model(inputs_embeds=torch.zeros(1, 3, 32))
+        with pytest.raises(IndexError):  # of another prompt, or of none
+            model(ad.prompted(ids)["input_ids"].masked_fill(ad.prompted(ids)["input_ids"] == 7, 272 + 2 * P))
         with pytest.raises(AdapterError, match="cannot be folded"), ad.merged():
             pass
         with pytest.raises(AdapterError, match="cannot be folded"):

@@ -88,6 +88,20 @@ def test_a_resumed_run_is_the_uninterrupted_one(settings, tmp_path, prompt, alon
     assert len(sizes) == (1 if alone else 2)
 
 
+@pytest.mark.parametrize("init", ["eva", "pissa", "lora_ga"])
+def test_other_beginnings_of_lora_go_with_a_prompt(settings, tmp_path, init):
+    def config(folder, **changes):
+        lora = {"r": 2, "init": init, "delta": "lora" if init == "lora_ga" else "dora"}
+        return run_of(settings, tmp_path / folder, PROMPTS["prefix"], lora, **changes)
+
+    train(config("whole"))
+    train(config("parts"), StopAt(5))
+    train(config("parts", resume=True))
+    assert metrics(tmp_path / "whole") == metrics(tmp_path / "parts")
+    one, other = (Adapter.load(tmp_path / folder / "best") for folder in ("whole", "parts"))
+    assert one.digest() == other.digest()
+
+
 def examples(config, tokenizer, which):
     chat = ChatFormat(tokenizer, stop_ids(None, tokenizer), config.max_length, config.chat_template)
     return prepare(getattr(config, which), chat).examples
@@ -97,7 +111,14 @@ def examples(config, tokenizer, which):
 def test_twelve_steps_equal_peft(settings, tmp_path, kind):
     """Packed micro-batches that share the virtual tokens, against padded rows; cosine, warm-up, clipping."""
     prompt = {"soft_prompt": kind, "virtual_tokens": 9}
-    steps = {"max_steps": 12, "warmup": 0.1, "eval_steps": 12, "samples": 0, "learning_rate": 2e-2, "prompt_lr_ratio": 1.0}
+    steps = {
+        "max_steps": 12,
+        "warmup": 0.1,
+        "eval_steps": 12,
+        "samples": 0,
+        "learning_rate": 2e-2,
+        "prompt_lr_ratio": 1.0,
+    }
     config = run_of(settings, tmp_path / "run", prompt, ALONE, **steps)
     train(config)
     ours = [row["loss"] for row in metrics(tmp_path / "run") if "loss" in row]

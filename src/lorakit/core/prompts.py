@@ -66,11 +66,14 @@ class SoftPrompt(nn.Module):
         """Ids of its virtual tokens."""
         return range(self.first, self.first + self.length)
 
+    def owns(self, ids: torch.Tensor) -> torch.Tensor:
+        """Which of `ids` are its virtual tokens."""
+        return (ids >= self.first) & (ids < self.first + self.length)
+
     def put_into(self, y: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         """Embeddings `y` (..., d) of `ids` (...), with its own where they are its virtual tokens."""
-        own = (ids >= self.first) & (ids < self.first + self.length)
         places = (ids - self.first).clamp(0, self.length - 1)  # no wait for the device, whether there are any
-        mixed: torch.Tensor = torch.where(own.unsqueeze(-1), F.embedding(places, self()).to(y.dtype), y)
+        mixed: torch.Tensor = torch.where(self.owns(ids).unsqueeze(-1), F.embedding(places, self()).to(y.dtype), y)
         return mixed
 
     def by_layer(self, dtype: torch.dtype) -> torch.Tensor:

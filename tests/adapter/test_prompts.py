@@ -83,11 +83,8 @@ def attached(make, kind, *, lora=True, **settings):
 def peft_model(make, kind, prompt):
     """PEFT's model with a prompt of the same numbers."""
     settings = {"task_type": "CAUSAL_LM", "num_virtual_tokens": P}
-    if kind == "prompt":
-        config = peft.PromptTuningConfig(**settings)
-    else:
-        config = peft.PrefixTuningConfig(**settings)
-    model = peft.get_peft_model(make(), config).eval()
+    theirs = {"prompt": peft.PromptTuningConfig, "prefix": peft.PrefixTuningConfig}[kind]
+    model = peft.get_peft_model(make(), theirs(**settings)).eval()
     with torch.no_grad():
         model.prompt_encoder["default"].embedding.weight.copy_(prompt)
     return model
@@ -131,12 +128,14 @@ def test_training_gives_pefts_loss_and_gradient(make, kind):
         logits = packed_logits(model, batch)
         torch.nn.functional.cross_entropy(logits.float(), batch.targets).backward()
     (tensor,) = ad.trainable_tensors().values()
-    torch.testing.assert_close(tensor.grad, theirs.prompt_encoder["default"].embedding.weight.grad, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(
+        tensor.grad, theirs.prompt_encoder["default"].embedding.weight.grad, rtol=1e-4, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("encoder", ["mlp", "lstm"])
 def test_encoders_compute_what_pefts_do(encoder):
-    model, ad = attached(tiny_llama, "p_tuning", lora=False, prompt_encoder=encoder, encoder_hidden=24)
+    _, ad = attached(tiny_llama, "p_tuning", lora=False, prompt_encoder=encoder, encoder_hidden=24)
     config = peft.PromptEncoderConfig(
         task_type="CAUSAL_LM",
         num_virtual_tokens=P,
@@ -364,6 +363,8 @@ def test_a_prompt_is_never_silently_absent():
             model(ids)
         with pytest.raises(AdapterError, match="needs input_ids"):
             model(inputs_embeds=torch.zeros(1, 3, 32))
+        with pytest.raises(IndexError):  # of another prompt, or of none
+            model(ad.prompted(ids)["input_ids"].masked_fill(ad.prompted(ids)["input_ids"] == 7, 272 + 2 * P))
         with pytest.raises(AdapterError, match="cannot be folded"), ad.merged():
             pass
         with pytest.raises(AdapterError, match="cannot be folded"):
@@ -381,7 +382,7 @@ def test_prompts_have_no_sum_and_no_weight():
     ad.activate({"both": 1.0, "lora": 0.5})
     with pytest.raises(AdapterError, match="'both', 'prompt' have a soft prompt each"):
         ad.activate(["both", "prompt"])
-    with pytest.raises(AdapterError, match="no weight but 1 \\(got 0.5\\)"):
+    with pytest.raises(AdapterError, match=r"no weight but 1 \(got 0.5\)"):
         ad.activate({"prefix": 0.5})
     with pytest.raises(AdapterError, match="have a soft prompt each"):
         ad.add("lora", PromptConfig(soft_prompt="prompt"), replace=True)
@@ -393,7 +394,7 @@ def test_prompts_have_no_sum_and_no_weight():
 
 def test_a_prompt_on_a_longer_vocabulary_of_another_adapter():
     """Ids are never shared, nor given twice."""
-    model, ad = routed_model(tiny_llama)
+    _, ad = routed_model(tiny_llama)
     ids = {name: ad._resident(name).prompt.ids for name in ad.names if ad._resident(name).prompt}
     every = [token for own in ids.values() for token in own]
     assert len(set(every)) == len(every)
@@ -483,7 +484,9 @@ def test_what_does_not_go_together_is_named():
     with pytest.raises(TargetError, match="600 leave nothing of the context of 512 tokens"):
         lorakit.attach(tiny_llama(), PromptConfig(soft_prompt="prompt", virtual_tokens=600))
     with pytest.raises(TargetError, match="cannot be trained whole too"):
-        lorakit.attach(tiny_llama(), LoRAConfig(modules_to_save=("embed_tokens",)), prompt=text, tokenizer=byte_tokenizer())
+        lorakit.attach(
+            tiny_llama(), LoRAConfig(modules_to_save=("embed_tokens",)), prompt=text, tokenizer=byte_tokenizer()
+        )
     with pytest.raises(AdapterError, match="nothing is to be trained"):
         lorakit.attach(tiny_llama(), LoRAConfig(target_modules="none"))
     with pytest.raises(AdapterError, match="is for a fresh adapter of low-rank updates"):
@@ -501,7 +504,10 @@ def test_what_does_not_go_together_is_named():
         ({"soft_prompt": "prompt", "virtual_tokens": 0}, "virtual_tokens: must be at least 1"),
         ({"virtual_tokens": 4}, "virtual_tokens: has no meaning without soft_prompt"),
         ({"soft_prompt": "prompt", "prompt_init": "text"}, "text needs prompt_text"),
-        ({"soft_prompt": "prompt", "prompt_init": "random", "prompt_text": "x"}, "not looked at with prompt_init random"),
+        (
+            {"soft_prompt": "prompt", "prompt_init": "random", "prompt_text": "x"},
+            "not looked at with prompt_init random",
+        ),
         ({"soft_prompt": "prompt", "prompt_encoder": "mlp"}, "soft_prompt prompt takes none \\(got mlp\\)"),
         ({"soft_prompt": "prefix", "prompt_encoder": "lstm"}, "takes none or mlp"),
         ({"soft_prompt": "prompt", "prompt_init": "zero"}, "zero is for soft_prompt prefix"),

@@ -9,6 +9,7 @@ import yaml
 from click.testing import CliRunner
 
 from lorakit.adapter.config import LoRAConfig
+from lorakit.adapter.prompt_config import PromptConfig
 from lorakit.cli import main
 from lorakit.cli.common import config_options, console, emit, resolve_config, verb
 from lorakit.config import Config, DtypeName
@@ -247,10 +248,12 @@ def like_train(config, as_json):
     emit({"config": config.to_dict()}, as_json)
 
 
-@pytest.mark.parametrize("name", [*TrainConfig.aliases, *LoRAConfig.aliases, *LoRAConfig.switches])
+@pytest.mark.parametrize(
+    "name", [name for each in (TrainConfig, LoRAConfig, PromptConfig) for name in (*each.aliases, *each.switches)]
+)
 def test_every_alias_is_a_flag_of_train(name):
     flags = {flag for parameter in like_train.params for flag in parameter.opts}
-    assert f"--{name}" in flags or name == "lora_config"
+    assert f"--{name}" in flags or name in ("lora_config", "prompt_config")
 
 
 def test_a_command_line_in_the_spelling_of_other_libraries():

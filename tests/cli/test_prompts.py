@@ -103,7 +103,9 @@ def test_other_verbs_handle_it_or_name_it(trained, tmp_path):
     told_so = run("convert", both, "--to", "gguf", "--output", tmp_path / "x.gguf", code=2).stderr
     assert "a soft prompt, 6 virtual tokens (prefix), which llama.cpp does not read" in told_so
     assert "a soft prompt" in run("export", "--adapter", alone, "--to", "vllm", "--lint", code=2).stderr
-    assert "combine: works on changes of weights" in run("combine", both, both, "--output", tmp_path / "z", code=2).stderr
+    assert (
+        "combine: works on changes of weights" in run("combine", both, both, "--output", tmp_path / "z", code=2).stderr
+    )
     run("compress", both, "--rank", 2, "--output", tmp_path / "small")
     small = Adapter.load(tmp_path / "small")
     assert (small.summary()["ranks"], small.prompt.length) == ([2], 6)
@@ -112,7 +114,9 @@ def test_other_verbs_handle_it_or_name_it(trained, tmp_path):
 
 def test_planned_and_compared(files, tmp_path):
     base, train, valid = files
-    plan = told("plan", train, "--model", base, "--soft-prompt", "prefix", "--target-modules", "none", "--steps-timed", 1)
+    plan = told(
+        "plan", train, "--model", base, "--soft-prompt", "prefix", "--target-modules", "none", "--steps-timed", 1
+    )
     assert (plan["trained"], plan["adapter_bytes"]) == (20 * 64, 4 * 20 * 64)
     compared = told(
         *("compare", train, "--model", base, "--valid", valid, "--output", tmp_path / "c"),
@@ -125,7 +129,9 @@ def test_planned_and_compared(files, tmp_path):
 def test_settings_in_a_file(files, tmp_path):
     base, train, _ = files
     written = tmp_path / "run.yaml"
-    written.write_text(f"model: {base}\nprompt:\n  soft_prompt: prefix\n  virtual_tokens: 4\nlora:\n  target_modules: none\n")
+    written.write_text(
+        f"model: {base}\nprompt:\n  soft_prompt: prefix\n  virtual_tokens: 4\nlora:\n  target_modules: none\n"
+    )
     plan = told("plan", train, "--config", written, "--steps-timed", 0)
     assert plan["trained"] == 4 * 64
     wrong = run("train", train, "--model", base, "--soft-prompt", "promt", code=2).stderr

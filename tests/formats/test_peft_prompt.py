@@ -1,4 +1,4 @@
-"""Soft prompts in PEFT's files: PEFT computes with ours what we compute, we with PEFT's; and both kinds in one folder."""
+"""Soft prompts in PEFT's files: PEFT computes with ours what we compute, we with its; and both kinds in one folder."""
 
 import copy
 import json
@@ -131,7 +131,7 @@ def test_both_kinds_in_one_folder(both, tmp_path):
     alone = tiny_llama()
     torch.testing.assert_close(logits(parts[0]), our_logits(alone, lorakit.attach(alone, value.without_prompt())))
     # and no tool takes one part for the whole
-    with pytest.raises(ValueError, match="adapter_config.json"):
+    with pytest.raises(ValueError, match=r"adapter_config\.json"):
         peft.PeftConfig.from_pretrained(folder)
 
 
@@ -171,7 +171,9 @@ def test_damaged_folders_are_refused(both, tmp_path):
     refused(lambda f: shutil.rmtree(f / "prompt"), "without its folder prompt")
     refused(lambda f: (f / "lorakit_adapter.json").write_text("{"), "lorakit_adapter.json")
     refused(lambda f: (f / "lorakit_adapter.json").write_text("{}"), "not a manifest of this version")
-    refused(lambda f: (shutil.rmtree(f / "lora"), shutil.copytree(f / "prompt", f / "lora")), "must hold low-rank updates")
+    refused(
+        lambda f: (shutil.rmtree(f / "lora"), shutil.copytree(f / "prompt", f / "lora")), "must hold low-rank updates"
+    )
     refused(lambda f: edited(f / "prompt", num_virtual_tokens=7), "values .* for 7 virtual tokens")
     refused(lambda f: edited(f / "prompt", num_layers=None), "say how it is divided")
     refused(lambda f: edited(f / "prompt", num_attention_heads=3), "say how it is divided")

@@ -1,4 +1,4 @@
-"""Soft prompts in generation: a row's text is its own, alone, in a batch and on a route; and it is the argmax of passes."""
+"""Soft prompts in generation: a row's text is its own, in a batch and on a route; and it is the argmax of passes."""
 
 import pytest
 import torch
@@ -51,7 +51,9 @@ def test_greedy_is_the_argmax_of_plain_passes(make, name):
             with torch.no_grad():
                 ids.append(int(model(**ad.prompted(torch.tensor([ids]))).logits[0, -1].argmax()))
         assert found[:8] == tuple(ids[len(prompt) :])
-        theirs = model.generate(**ad.prompted(torch.tensor([prompt])), max_new_tokens=8, do_sample=False, pad_token_id=0)
+        theirs = model.generate(
+            **ad.prompted(torch.tensor([prompt])), max_new_tokens=8, do_sample=False, pad_token_id=0
+        )
         assert theirs[0, -8:].tolist() == ids[len(prompt) :]
 
 

@@ -42,7 +42,9 @@ ALONE = {"target_modules": "none"}
 
 
 def run_of(settings, folder, prompt, lora=None, **changes):
-    return configured({**settings, "prompt": prompt, "lora": settings["lora"] if lora is None else lora}, folder, **changes)
+    return configured(
+        {**settings, "prompt": prompt, "lora": settings["lora"] if lora is None else lora}, folder, **changes
+    )
 
 
 @pytest.mark.parametrize("alone", [True, False], ids=["alone", "with LoRA"])
@@ -86,6 +88,20 @@ def test_a_resumed_run_is_the_uninterrupted_one(settings, tmp_path, prompt, alon
     assert len(sizes) == (1 if alone else 2)
 
 
+@pytest.mark.parametrize("init", ["eva", "pissa", "lora_ga"])
+def test_other_beginnings_of_lora_go_with_a_prompt(settings, tmp_path, init):
+    def config(folder, **changes):
+        lora = {"r": 2, "init": init, "delta": "lora" if init == "lora_ga" else "dora"}
+        return run_of(settings, tmp_path / folder, PROMPTS["prefix"], lora, **changes)
+
+    train(config("whole"))
+    train(config("parts"), StopAt(5))
+    train(config("parts", resume=True))
+    assert metrics(tmp_path / "whole") == metrics(tmp_path / "parts")
+    one, other = (Adapter.load(tmp_path / folder / "best") for folder in ("whole", "parts"))
+    assert one.digest() == other.digest()
+
+
 def examples(config, tokenizer, which):
     chat = ChatFormat(tokenizer, stop_ids(None, tokenizer), config.max_length, config.chat_template)
     return prepare(getattr(config, which), chat).examples
@@ -95,7 +111,14 @@ def examples(config, tokenizer, which):
 def test_twelve_steps_equal_peft(settings, tmp_path, kind):
     """Packed micro-batches that share the virtual tokens, against padded rows; cosine, warm-up, clipping."""
     prompt = {"soft_prompt": kind, "virtual_tokens": 9}
-    steps = {"max_steps": 12, "warmup": 0.1, "eval_steps": 12, "samples": 0, "learning_rate": 2e-2}
+    steps = {
+        "max_steps": 12,
+        "warmup": 0.1,
+        "eval_steps": 12,
+        "samples": 0,
+        "learning_rate": 2e-2,
+        "prompt_lr_ratio": 1.0,
+    }
     config = run_of(settings, tmp_path / "run", prompt, ALONE, **steps)
     train(config)
     ours = [row["loss"] for row in metrics(tmp_path / "run") if "loss" in row]
@@ -144,7 +167,9 @@ def test_checkpointed_activations_change_nothing(settings, tmp_path, kind):
 
 
 def test_a_prompt_has_a_rate_of_its_own(settings, tmp_path):
-    config = run_of(settings, tmp_path / "run", PROMPTS["p_tuning"], prompt_lr_ratio=4, loraplus_lr_ratio=2, max_steps=2)
+    config = run_of(
+        settings, tmp_path / "run", PROMPTS["p_tuning"], prompt_lr_ratio=4, loraplus_lr_ratio=2, max_steps=2
+    )
     model, _ = load_model(config.model, "fp32", "cpu")
     ad = lorakit.attach(model, config.lora, prompt=config.prompt)
     assert all(".prompt." in name for name in ad.prompt_side())
@@ -156,6 +181,9 @@ def test_a_prompt_has_a_rate_of_its_own(settings, tmp_path):
     train(config)
     steps = [row for row in metrics(tmp_path / "run") if "loss" in row]
     assert all(row["lr_prompt"] == 4 * row["lr"] for row in steps)
+    left_open = {kind: run_of(settings, tmp_path / "x", prompt).prompt_ratio for kind, prompt in PROMPTS.items()}
+    assert left_open == {kind: 10.0 if kind in ("prompt", "text", "prefix") else 1.0 for kind in PROMPTS}
+    assert configured(settings, tmp_path / "x").prompt_ratio == 1.0
 
 
 @pytest.mark.parametrize(
@@ -177,7 +205,9 @@ def test_settings_at_odds_are_named(settings, tmp_path, changes, problem):
 
 def test_rows_and_virtual_tokens_must_fit_the_context(settings, tmp_path):
     prompt = {"soft_prompt": "prompt", "virtual_tokens": 500}
-    with pytest.raises(ConfigError, match="500 and the longest row, 52 tokens, are more than the model's context of 512"):
+    with pytest.raises(
+        ConfigError, match="500 and the longest row, 52 tokens, are more than the model's context of 512"
+    ):
         train(run_of(settings, tmp_path / "run", prompt))
 
 

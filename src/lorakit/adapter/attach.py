@@ -299,8 +299,8 @@ class AttachedAdapters:
         """A batch with the virtual tokens of the soft prompts in use before its rows: arguments for `model(...)` and
         `model.generate(...)` of transformers. (`lorakit.generate` and training put them there themselves.)
 
-        Logits stand for as many more tokens as the rows have got, a prefix's excepted. With a prefix on a model whose
-        attention has a sliding window, rows must be of equal length once a batch is longer than that.
+        Logits stand for as many more tokens as the rows have got, a prefix's excepted, and labels must too. On a model
+        whose attention has a sliding window, rows with a prefix must be of equal length once a batch is longer than it.
 
         Args:
             input_ids: (rows, n), shorter rows filled up on either side.

@@ -131,7 +131,7 @@ class Prompts:
                 f"{type(model).__name__}: a soft prompt is in use, and a row does not begin with its virtual tokens; "
                 f"{_HOW}"
             )
-        if kwargs.get("attention_mask") is None and len({(_prefix(p), len(_looked_up(p))) for p in prompts}) > 1:
+        if kwargs.get("attention_mask") is None and len({(len(_prefix(p)), len(_looked_up(p))) for p in prompts}) > 1:
             raise AdapterError(
                 f"{type(model).__name__}: rows whose soft prompts differ in length need an attention_mask; {_HOW}"
             )

@@ -44,7 +44,7 @@ _NEVER_FROM_FILE = {"as_json", "config_file", "help"}
 # verb -> what it does not take from a file written for training, where the name means another thing
 _ANOTHER_IN_TRAINING = {
     "eval": {"data", "batch_size"},
-    "generate": {"output", "batch_size"},
+    "generate": {"output", "batch_size", "prompt"},
     "demo": {"output"},
     "combine": {"method", "output", "rank"},
     "compare": {"output"},

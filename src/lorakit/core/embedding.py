@@ -25,8 +25,10 @@ class AdaptedEmbedding(AdaptedLayer):
         prompts = self._looked_up()
         if not prompts:
             return super().forward(x, *args, **kwargs)
-        last = self.get_parameter("weight").shape[0] - 1
-        y = super().forward(x.clamp(max=last), *args, **kwargs)
+        known = x
+        for prompt in prompts:  # theirs alone: any other id outside the vocabulary is an error as ever
+            known = known.masked_fill(prompt.owns(x), 0)
+        y = super().forward(known, *args, **kwargs)
         for prompt in prompts:
             y = prompt.put_into(y, x)
         return y

@@ -66,18 +66,22 @@ class SoftPrompt(nn.Module):
         """Ids of its virtual tokens."""
         return range(self.first, self.first + self.length)
 
+    def owns(self, ids: torch.Tensor) -> torch.Tensor:
+        """Which of `ids` are its virtual tokens."""
+        return (ids >= self.first) & (ids < self.first + self.length)
+
     def put_into(self, y: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         """Embeddings `y` (..., d) of `ids` (...), with its own where they are its virtual tokens."""
-        own = (ids >= self.first) & (ids < self.first + self.length)
         places = (ids - self.first).clamp(0, self.length - 1)  # no wait for the device, whether there are any
-        mixed: torch.Tensor = torch.where(own.unsqueeze(-1), F.embedding(places, self()).to(y.dtype), y)
+        mixed: torch.Tensor = torch.where(self.owns(ids).unsqueeze(-1), F.embedding(places, self()).to(y.dtype), y)
         return mixed
 
     def by_layer(self, dtype: torch.dtype) -> torch.Tensor:
         """(2 * layers, p, heads, width): keys of layer i at 2 i, its values at 2 i + 1."""
         assert self.key_values is not None, "only a prefix has keys and values"
         layers, heads, width = self.key_values
-        return self().to(dtype).view(self.length, 2 * layers, heads, width).transpose(0, 1)
+        vectors: torch.Tensor = self()
+        return vectors.to(dtype).view(self.length, 2 * layers, heads, width).transpose(0, 1)
 
     def extra_repr(self) -> str:
         """What it is, for print(model)."""

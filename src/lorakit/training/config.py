@@ -53,6 +53,9 @@ _ADVICE = {
 }
 
 
+PROMPT_LR_RATIO = 10.0
+"""Of a soft prompt without an encoder, where none is given."""
+
 FrozenProducts = Literal["exact", "int8"]
 
 # as transformers and axolotl write it
@@ -129,8 +132,9 @@ class TrainConfig(Config):
     prompt: PromptConfig = field(default_factory=PromptConfig)
     """A soft prompt, trained with the adapter; with target_modules none, alone."""
 
-    prompt_lr_ratio: float = 1.0
-    """The learning rate of a soft prompt is this many times `learning_rate`."""
+    prompt_lr_ratio: float | None = None
+    """The learning rate of a soft prompt is this many times `learning_rate`. None: 10, as virtual tokens have far to go
+    (docs/soft-prompts.md); 1 with an encoder, whose weights have not."""
 
     init_steps: int = 4
     """For init eva and lora_ga: of how many of the first steps' rows they look at."""
@@ -268,6 +272,14 @@ class TrainConfig(Config):
         """`eval_batch_tokens` as a number, `micro_batch_tokens` where nobody has chosen one."""
         return self.eval_batch_tokens or self.micro_batch_tokens
 
+    @property
+    def prompt_ratio(self) -> float:
+        """`prompt_lr_ratio`, decided; 1 without a soft prompt."""
+        if self.prompt_lr_ratio is not None:
+            return self.prompt_lr_ratio
+        plain = self.prompt.soft_prompt != "none" and self.prompt.encoder == "none"
+        return PROMPT_LR_RATIO if plain else 1.0
+
     def problems(self) -> list[str]:
         """Ranges."""
         least = {} if self.batch_size == "auto" else {"batch_size": 1}
@@ -324,7 +336,7 @@ class TrainConfig(Config):
         if self.prompt.soft_prompt == "none":
             if alone:
                 found.append("target_modules: is none, and there is no soft prompt: nothing would be trained")
-            if self.prompt_lr_ratio != 1.0:
+            if self.prompt_lr_ratio is not None:
                 found.append("prompt_lr_ratio: has no meaning without a soft prompt; leave it out")
             return found
         if self.method == "full":

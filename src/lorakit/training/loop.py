@@ -231,8 +231,8 @@ def fit(
             row = {"step": cursor.step, "loss": loss, "lr": rate, "grad_norm": norm if math.isfinite(norm) else None}
             if config.loraplus_lr_ratio is not None:
                 row["lr_B"] = rate * config.loraplus_lr_ratio
-            if config.prompt_lr_ratio != 1.0:
-                row["lr_prompt"] = rate * config.prompt_lr_ratio
+            if config.prompt_ratio != 1.0:
+                row["lr_prompt"] = rate * config.prompt_ratio
             write({**row, "tokens": tokens, "seconds": round(seconds, 4)})
             on_event(StepDone(cursor.step, plan.total_steps, loss, rate, tokens, seconds))
     finished = stopped_early or (at_end and cursor.evaluated_step == cursor.step)

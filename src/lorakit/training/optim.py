@@ -67,13 +67,13 @@ def make_optimizer(
         tensors: what is trained.
         output_side: names of those that take `loraplus_lr_ratio` times the rate, where it is set (LoRA+, arXiv
         2402.12354).
-        prompt_side: names of those that take `prompt_lr_ratio` times the rate.
+        prompt_side: names of those that take `prompt_ratio` times the rate.
     """
     device = next(iter(tensors.values())).device.type
     ratios = dict.fromkeys(tensors, 1.0)
     if config.loraplus_lr_ratio is not None:
         ratios |= dict.fromkeys(output_side, config.loraplus_lr_ratio)
-    ratios |= dict.fromkeys(prompt_side, config.prompt_lr_ratio)
+    ratios |= dict.fromkeys(prompt_side, config.prompt_ratio)
     groups: list[dict[str, Any]] = [
         {"params": [tensors[name] for name, own in ratios.items() if own == ratio], "ratio": ratio}
         for ratio in sorted(set(ratios.values()))

@@ -111,6 +111,7 @@ def fit(
     checkpoint: Checkpoint | None = None,
     on_event: OnEvent = lambda event: None,
     on_best: Callable[[], None] = lambda: None,
+    untrained: Callable[[], AbstractContextManager[None]] | None = None,
 ) -> Fitted:
     """Train `tensors` in place.
 
@@ -130,6 +131,7 @@ def fit(
         checkpoint: where to go on; None begins anew.
         on_event: told of each step, evaluation and checkpoint.
         on_best: called while the model holds an adapter better than all before.
+        untrained: within it the model is the base; None: it is that before the first step anyway.
 
     Raises:
         NonFiniteLossError: a loss or gradient is NaN or infinite; names step and rows. Checkpoints stay as they were.
@@ -181,12 +183,16 @@ def fit(
                 on_event(Phase("evaluating"))
                 start = time.perf_counter()
                 loss, _ = mean_loss(model, valid, micro_batch_tokens=config.micro_batch_tokens)
-                better = _take_evaluation(cursor, loss)
+                base = None
+                if cursor.step == 0 and untrained is not None:
+                    with untrained():
+                        base, _ = mean_loss(model, valid, micro_batch_tokens=config.micro_batch_tokens)
+                better = _take_evaluation(cursor, loss, base)
                 if better:
                     best = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
                     on_best()
-                write({"step": cursor.step, "eval_loss": loss})
-                on_event(Evaluated(cursor.step, loss, better, time.perf_counter() - start))
+                write({"step": cursor.step, "eval_loss": loss} | ({} if base is None else {"base_loss": base}))
+                on_event(Evaluated(cursor.step, loss, better, time.perf_counter() - start, base))
             stopped_early = config.early_stop is not None and cursor.evaluations_without_better >= config.early_stop
             ends = at_end or stopped_early or bool(stop)
             if (cursor.step % config.save_steps == 0 or ends) and cursor.step != saved_step:
@@ -330,13 +336,19 @@ def check_gradient(
     raise NonFiniteLossError(f"the gradient is not finite at step {cursor.step + 1}{often}, on rows\n{rows}\n{_ADVICE}")
 
 
-def _take_evaluation(cursor: Cursor, loss: float) -> bool:
-    """Note an evaluation in the cursor; whether it is the best of an adapter that has been updated at all."""
+def _take_evaluation(cursor: Cursor, loss: float, base: float | None = None) -> bool:
+    """Note an evaluation in the cursor; whether it is the best of an adapter that has been updated at all.
+
+    Args:
+        cursor: of the run.
+        loss: of the model as it is.
+        base: of the base alone, where that is another before the first step.
+    """
     if not math.isfinite(loss):
         raise NonFiniteLossError(f"the validation loss is {loss} after step {cursor.step}. {_ADVICE}")
     cursor.evaluated_step = cursor.step
     if cursor.step == 0:
-        cursor.initial_loss = loss
+        cursor.initial_loss = loss if base is None else base
     if cursor.updates == 0:
         return False
     if cursor.best_loss is None or loss < cursor.best_loss:

@@ -40,6 +40,7 @@ from lorakit.files import (
 )
 from lorakit.generation import generate
 from lorakit.models import load_model, load_tokenizer, resolve, stop_ids, storage_of
+from lorakit.originals import refuse_storage, starts_from_original
 from lorakit.packing import packed_logits
 from lorakit.report import size, write_report
 from lorakit.training.checkpoint import Checkpoint, load_newest
@@ -89,7 +90,7 @@ class Run:
     step: int
     total_steps: int
     initial_loss: float | None
-    """Validation loss per token of the base model."""
+    """Validation loss per token of the base model alone."""
 
     best_loss: float | None
     """Validation loss per token of the best adapter."""
@@ -115,6 +116,9 @@ class Run:
     adapter_bytes: int | None
     model_bytes: int | None
     dtype: str
+    storage: str
+    """How the base was held: "none" (in `dtype`), or in which format."""
+
     device: str
     report: str
     lorakit_version: str
@@ -160,6 +164,7 @@ def _train(config: TrainConfig, folder: Path, on_event: OnEvent) -> Run:
     on_event(DataReady(len(data.train.rows), len(data.valid.rows), data.lines()))
     plan = Plan.of(config, train_examples)
     config = resolved(config, device, plan, sum(len(example.ids) for example in valid_examples))
+    refuse_storage(config.lora.init, config.quantize, config.loftq_original)
     config = _made_to_fit(config, data, on_event)
 
     on_event(Phase("loading the model"))
@@ -205,6 +210,7 @@ def _train(config: TrainConfig, folder: Path, on_event: OnEvent) -> Run:
             checkpoint=checkpoint,
             on_event=on_event,
             on_best=save_best,
+            untrained=subject.untrained if config.lora.begins_with_update else None,
         )
     if not subject.check_base():
         raise RunError(
@@ -301,6 +307,7 @@ def _located(config: TrainConfig, folder: Path) -> TrainConfig:
         model=resolve(config.model).name,
         data=located(config.data),
         validation=None if config.validation is None else located(config.validation),
+        loftq_original=None if config.loftq_original is None else resolve(config.loftq_original).name,
         output=str(folder.resolve()),
         resume=False,
     )
@@ -390,8 +397,8 @@ def _as_begun(config: TrainConfig, folder: Path) -> TrainConfig:
     begun = TrainConfig.from_yaml(folder / "run.yaml")
     chosen = ("dtype", "quantize", "device", "gradient_checkpointing")
     left_open = {name: getattr(begun, name) for name in chosen if getattr(config, name) == "auto"}
-    numbers = ("eval_steps", "save_steps", "learning_rate")
-    left_open |= {name: getattr(begun, name) for name in numbers if getattr(config, name) is None}
+    unset = ("eval_steps", "save_steps", "learning_rate", "loftq_original")
+    left_open |= {name: getattr(begun, name) for name in unset if getattr(config, name) is None}
     return config.replace(**left_open)
 
 
@@ -427,13 +434,16 @@ def _beginning(
     checkpoint: Checkpoint | None,
     on_event: OnEvent,
 ) -> LoRAConfig | Starts:
-    """What the run begins with: its config, or what its first rows say; a run that goes on has that in its
-    checkpoint.
+    """What the run begins with: its config, or what its first rows or the base's original say; a run that goes on has
+    that in its checkpoint.
     """
-    if config.lora.init not in FROM_DATA:
+    if config.lora.init not in FROM_DATA | {"loftq"}:
         return config.lora
     if checkpoint is not None:
         return starts_in(checkpoint.adapter | checkpoint.fixed, config.lora, model)
+    if config.lora.init == "loftq":
+        on_event(Phase("init loftq: reading what was quantised"))
+        return starts_from_original(model, config.lora, config.loftq_original, seed=config.seed)
     on_event(Phase(f"init {config.lora.init}: looking at the first rows"))
     micro_batches = [rows for step in itertools.islice(plan.steps(0), config.init_steps) for rows in step]
     batches = [collate(examples, rows).to(next(model.parameters()).device) for rows in micro_batches]
@@ -535,6 +545,7 @@ def _result(folder: Path, fitted: Fitted, about: ModelReady, trained_file: str, 
         adapter_bytes=(best / trained_file).stat().st_size if best and of_adapter else None,
         model_bytes=(best / trained_file).stat().st_size if best and not of_adapter else None,
         dtype=about.dtype,
+        storage=about.storage,
         device=about.device,
         report=str(folder / "report.html"),
         lorakit_version=__version__,

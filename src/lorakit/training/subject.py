@@ -106,6 +106,7 @@ class TrainedAdapter:
         return ModelReady(
             parameters=summary["base_parameters"],
             dtype=config.dtype,
+            storage=config.quantize,
             products=config.frozen_products,
             device=config.device,
             layers=own["layers"],
@@ -157,6 +158,7 @@ class TrainedModel:
         return ModelReady(
             parameters=number,
             dtype=config.dtype,
+            storage=config.quantize,
             products="exact",
             device=config.device,
             layers=0,

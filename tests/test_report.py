@@ -29,6 +29,7 @@ RESULT = {
     "tokens": 198000,
     "device": "cpu",
     "dtype": "bf16",
+    "storage": "nf4",
 }
 
 

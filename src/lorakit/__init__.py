@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from lorakit.generation import generate as generate
     from lorakit.merging import merge as merge
     from lorakit.models import load_model as load_model
+    from lorakit.originals import starts_from_original as starts_from_original
     from lorakit.training.config import TrainConfig as TrainConfig
     from lorakit.training.run import Run as Run
     from lorakit.training.run import train as train
@@ -46,6 +47,7 @@ _PUBLIC = {
     "load_model": "lorakit.models",
     "merge": "lorakit.merging",
     "starts_from_data": "lorakit.adapter.starts",
+    "starts_from_original": "lorakit.originals",
     "train": "lorakit.training.run",
 }
 

@@ -112,7 +112,8 @@ def _tiles(result: Mapping[str, Any]) -> list[dict[str, str]]:
         tiles.append({"label": "Model file", "value": size(result["model_bytes"]), "detail": "safetensors, fp32"})
     if result["seconds"] > 0:
         speed = result["tokens"] / result["seconds"]
-        where = f"{result['device']}, {result['dtype']}"
+        held = "" if result["storage"] == "none" else f", weights in {result['storage']}"
+        where = f"{result['device']}, {result['dtype']}{held}"
         tiles.append({"label": "Speed", "value": f"{speed:,.0f} tokens/s", "detail": where})
         if result["peak_memory"] is not None:
             tiles.append({"label": "Peak memory", "value": size(result["peak_memory"]), "detail": "of the process"})

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -31,6 +32,15 @@ def arguments(tmp_path_factory):
         *("--per-device-train-batch-size", "6", "--lr", "5e-3", "--max-steps", "6", "--eval_steps", "3"),
         *("--samples", "1", "--device", "cpu"),
     ]
+
+
+def test_says_how_the_base_is_held_and_that_a_start_is_an_update(arguments, tmp_path):
+    result = CliRunner().invoke(
+        main, [*arguments, "--output", str(tmp_path / "run"), "--quantize", "nf4", "--init", "loftq"]
+    )
+    assert result.exit_code == 0, result.stderr
+    assert re.search(r"model  [\d.]+K parameters in nf4, fp32 on cpu; 14 layers adapted", result.stderr)
+    assert re.search(r"step 0  valid [\d.]+  as the adapter begins; [\d.]+ base model\n", result.stderr)
 
 
 def test_prints_few_lines_and_one_object(arguments, tmp_path):

@@ -14,9 +14,10 @@ from lorakit.core import initializers
 from lorakit.errors import ConfigError, RunError
 from lorakit.models import load_model
 from lorakit.training.config import TrainConfig
-from lorakit.training.events import Phase, StepDone
+from lorakit.training.events import Evaluated, Phase, StepDone
 from lorakit.training.objectives import mean_loss
 from lorakit.training.optim import make_optimizer, set_learning_rate
+from lorakit.training.plan_run import plan_run
 from lorakit.training.planning import Planner
 from lorakit.training.run import read, train
 from tiny_runs import assert_same_run, configured, metrics
@@ -31,6 +32,7 @@ VARIANTS = {
     "lora_ga": {"lora": {**LORA, "init": "lora_ga"}, "init_steps": 2},
     "lora_fa": {"lora": {**LORA, "lora_fa": True}},
     "lora_fa, eva": {"lora": {**LORA, "lora_fa": True, "init": "eva"}},
+    "loftq": {"lora": {**LORA, "init": "loftq"}, "quantize": "nf4"},
     "loraplus": {"loraplus_lr_ratio": 4.0},
 }
 
@@ -51,7 +53,8 @@ def test_it_learns_and_a_resumed_run_is_the_uninterrupted_one(settings, tmp_path
     train(configured(changed, tmp_path / "broken"), stop_at(5))
     train(configured(changed, tmp_path / "broken", resume=True))
     assert_same_run(tmp_path / "straight", tmp_path / "broken")
-    best, model = Adapter.load(tmp_path / "straight" / "best"), load_model(settings["model"], run.dtype, "cpu")[0]
+    best = Adapter.load(tmp_path / "straight" / "best")
+    model, _ = load_model(settings["model"], run.dtype, "cpu", run.storage)
     attach(model, best)
     config = configured(changed, tmp_path / "x")
     loss, _ = mean_loss(model, read(config).valid.examples, micro_batch_tokens=config.micro_batch_tokens)
@@ -143,3 +146,39 @@ def test_run_yaml_has_the_start_and_the_file_any_tool_reads(settings, tmp_path):
     assert TrainConfig.from_yaml(tmp_path / "run" / "run.yaml").lora.init == "pissa"
     config = json.loads((tmp_path / "run" / "best" / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"], config["init_lora_weights"]) == (8, 16, True)
+
+
+def test_a_start_that_is_an_update_is_told_apart_from_the_base(settings, tmp_path):
+    told, of_plain = [], []
+    changed = {**settings, "lora": {**LORA, "init": "loftq"}, "quantize": "nf4", "max_steps": 2}
+    run = train(configured(changed, tmp_path / "run"), told.append)
+    first = next(event for event in told if isinstance(event, Evaluated))
+    assert metrics(tmp_path / "run")[0] == {"step": 0, "eval_loss": first.loss, "base_loss": first.base}
+    assert run.initial_loss == first.base != first.loss
+    assert run.storage == "nf4"
+    model = load_model(settings["model"], "fp32", "cpu", "nf4")[0]
+    config = configured(changed, tmp_path / "x")
+    loss, _ = mean_loss(model, read(config).valid.examples, micro_batch_tokens=config.micro_batch_tokens)
+    assert loss == pytest.approx(first.base, rel=1e-5)
+    train(configured({**settings, "max_steps": 2}, tmp_path / "plain"), of_plain.append)
+    assert next(event for event in of_plain if isinstance(event, Evaluated)).base is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"lora": {"init": "loftq"}}, "this base is not quantised: load it with quantize nf4 or int8"),
+        ({"loftq_original": "x"}, r"loftq_original: is for init loftq alone \(got init default\)"),
+    ],
+    ids=str,
+)
+def test_loftq_is_refused_before_anything_is_loaded(settings, tmp_path, changes, message):
+    with pytest.raises(ConfigError, match=message):
+        train(configured({**settings, **changes}, tmp_path / "run"))
+    assert not (tmp_path / "run" / "run.yaml").exists()
+
+
+@pytest.mark.parametrize("init", ["eva", "lora_ga", "loftq"])
+def test_plans_time_a_start_that_needs_more_than_the_model(settings, init):
+    config = configured({**settings, "lora": {**LORA, "init": init}, "quantize": "nf4"}, "unused")
+    assert plan_run(config, steps_timed=1).tokens_per_second > 0

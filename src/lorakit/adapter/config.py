@@ -22,6 +22,8 @@ FROM_WEIGHT = frozenset({"olora", "pissa", "lora_ga"})
 """Ways that begin with a part of the base's weight, so that the update counts from there (`pissa_niter_N` besides)."""
 FROM_DATA = frozenset({"eva", "lora_ga"})
 """Ways that look at training rows first."""
+ON_PURPOSE = frozenset({"random", "loftq"})
+"""Ways of which the update is not zero at the start."""
 _NITER = re.compile(r"pissa_niter_\d+")
 
 # as PEFT writes them
@@ -113,13 +115,13 @@ class LoRAConfig(Config):
     long as a trained magnitude says, which starts at the length of W's own; not for MultiheadAttention and experts."""
 
     init: Annotated[str, _INIT] = "default"
-    """How A and B begin; the model computes the same before the first step with all but random. default: A
+    """How A and B begin; the model computes the same before the first step with all but random and loftq. default: A
     uniform(+-1/sqrt(fan_in)), B zero. gaussian: A normal(0, 1/r), B zero. orthogonal: A and B from one orthogonal r x r
     matrix (r even). random: B like A, so that the update is not zero; for tests. olora (arXiv 2406.01775): from a QR
     decomposition of the weight. pissa (arXiv 2404.02948): its leading singular directions; pissa_niter_16: the same,
     nearly, in less time. eva (arXiv 2410.07170): A from the inputs of each layer on training rows, B zero. lora_ga
-    (arXiv 2407.05000): from the gradient of each weight on training rows. loftq (arXiv 2310.08659): from what a
-    quantised base lost."""
+    (arXiv 2407.05000): from the gradient of each weight on training rows. loftq (arXiv 2310.08659): B A
+    makes up for what quantising the base lost, as far as the rank goes."""
 
     eva_rho: float = 2.0
     """init eva: the largest rank a layer may get is `r` times this; ranks go where inputs vary in more directions, and
@@ -151,6 +153,11 @@ class LoRAConfig(Config):
     def from_start(self) -> bool:
         """Whether the update counts from where A and B begin, a part of the base's weight."""
         return self.init in FROM_WEIGHT or _NITER.fullmatch(self.init) is not None
+
+    @property
+    def begins_with_update(self) -> bool:
+        """Whether the adapted model is not the base before the first step."""
+        return self.init in ON_PURPOSE
 
     def problems(self) -> list[str]:
         """Ranges."""

@@ -102,7 +102,7 @@ def _fresh_lora(config: LoRAConfig, target: Target, seed: int, init: Init | None
     stored = base_weight_of(target.module, target.path, target.site.weight_name)
     generator = seeded(seed, target.path)
     if init is None:
-        init = _start(config, target, stored.read(target.module), generator)
+        init = beginning(config, target, stored.read(target.module), generator)
     else:  # which may begin other adapters too
         init = init._replace(A=init.A.detach().clone(), B=init.B.detach().clone())
     stuck = config.lora_fa and not stored.read(target.module).is_meta and not init.A.any()
@@ -123,7 +123,7 @@ def _fresh_lora(config: LoRAConfig, target: Target, seed: int, init: Init | None
     return _lora(config, target, init, bias, magnitude)
 
 
-def _start(config: LoRAConfig, target: Target, weight: torch.Tensor, generator: torch.Generator) -> Init:
+def beginning(config: LoRAConfig, target: Target, weight: torch.Tensor, generator: torch.Generator) -> Init:
     """The factors with which a layer begins, by the config's init.
 
     Raises:
@@ -146,9 +146,11 @@ def _start(config: LoRAConfig, target: Target, weight: torch.Tensor, generator: 
             "instead of the config; lorakit train does it with its training rows"
         )
     if config.init == "loftq":
+        if weight.is_meta:  # nor has it lost anything
+            return Init(torch.zeros(shape_A), torch.zeros(shape_B))
         raise ConfigError(
-            f"{target.path}: init 'loftq' makes up for what quantising the base lost, and this weight is stored as "
-            f"{weight.dtype}: load the base quantised, or choose pissa, which starts from the weight itself"
+            "init 'loftq' makes up for what quantising the base lost: attach what "
+            "lorakit.starts_from_original(model, config) gives, instead of the config; lorakit train does it"
         )
     # an embedding looks up columns of A: its default starts with A zero, so that no rare token begins with a random row
     by_name = initializers.FOR_EMBEDDINGS if site.kind == "embedding" else initializers.INITIALIZERS

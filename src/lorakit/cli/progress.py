@@ -110,9 +110,10 @@ class TrainingDisplay:
             self._progress.update(self._task, description=self._status())
             self._print_status("  best so far" if event.best else "")
         else:
-            self._console.print(
-                f"step {event.step:,}  valid {event.loss:.3f}{'  base model' if event.step == 0 else ''}"
-            )
+            of = "" if event.step else "  base model"
+            if event.base is not None:
+                of = f"  as the adapter begins; {event.base:.3f} base model"
+            self._console.print(f"step {event.step:,}  valid {event.loss:.3f}{of}")
 
     def _print_status(self, note: str = "") -> None:
         self._console.print(self._status() + note)
@@ -147,14 +148,15 @@ def trunk_line(event: TrunkKept) -> str:
 
 
 def model_line(event: ModelReady) -> str:
-    """`model  494M parameters, bf16 on cpu; 168 layers adapted, r=16: 8.8M trained (1.8%)`."""
+    """`model  494M parameters in nf4, bf16 on cpu; 168 layers adapted, r=16: 8.8M trained (1.8%)`."""
     if not event.layers and not event.virtual_tokens:
         return f"model  {count(event.parameters)} parameters, {event.dtype} on {event.device}; all of them trained"
     ranks = "-".join(str(r) for r in dict.fromkeys((event.ranks[0], event.ranks[-1]))) if event.ranks else "none"
+    held = {"none": "", "blocks": " in the file's blocks"}.get(event.storage, f" in {event.storage}")
     products = "" if event.products == "exact" else f", {event.products} in steps"
     what = [f"{event.layers} layers adapted, r={ranks}"] if event.layers else []
     what += [f"{event.virtual_tokens} virtual tokens"] if event.virtual_tokens else []
     return (
-        f"model  {count(event.parameters)} parameters, {event.dtype}{products} on {event.device}; "
+        f"model  {count(event.parameters)} parameters{held}, {event.dtype}{products} on {event.device}; "
         f"{', '.join(what)}: {count(event.trained)} trained ({event.trained / event.parameters:.1%})"
     )

@@ -23,6 +23,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "eva": {"lora": {"init": "eva"}},
     "lora_ga": {"lora": {"init": "lora_ga"}},
     "lora_fa": {"lora": {"lora_fa": True}},
+    "loftq": {"quantize": "nf4", "lora": {"init": "loftq"}},
     "loraplus": {"loraplus_lr_ratio": 16.0},
     "attention": {"lora": {"target_modules": "attention"}},
     "mlp": {"lora": {"target_modules": "mlp"}},

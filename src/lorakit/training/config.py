@@ -139,6 +139,9 @@ class TrainConfig(Config):
     init_steps: int = 4
     """For init eva and lora_ga: of how many of the first steps' rows they look at."""
 
+    loftq_original: Place | None = None
+    """For init loftq: the dense model that the base was quantised from, where `model` is not it (a .gguf file)."""
+
     epochs: float = 1.0
     """Passes over the training rows."""
 
@@ -316,6 +319,8 @@ class TrainConfig(Config):
             found.append(
                 "lora: has no meaning with method full, which trains every weight and no adapter; leave it out"
             )
+        if self.loftq_original is not None and self.lora.init != "loftq":
+            found.append(f"loftq_original: is for init loftq alone (got init {self.lora.init})")
         if self.method == "full" and self.loraplus_lr_ratio is not None:
             found.append("loraplus_lr_ratio: method full has no B to train faster than A; leave it out")
         if self.method == "full" and self.frozen_products != "exact":

@@ -23,6 +23,9 @@ class ModelReady:
 
     parameters: int
     dtype: str
+    storage: str
+    """How the base is held: "none" (in `dtype`), "blocks" of its file, "int8" or "nf4"."""
+
     products: str
     """How frozen weights multiply in steps: exact or int8."""
 
@@ -85,6 +88,8 @@ class Evaluated:
     loss: float
     best: bool
     seconds: float
+    base: float | None = None
+    """Before the first step, of the base alone, where the adapter begins with an update."""
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from lorakit.training.config import TrainConfig
 from lorakit.version import __version__
 
 # Where things lie (what lies there is compared instead; the device under `machine`), and what is kept beside the run.
-_PLACES = {"model", "data", "validation", "validation_share", "output", "device"}
+_PLACES = {"model", "data", "validation", "validation_share", "output", "device", "loftq_original"}
 _BESIDE = {"resume", "keep_checkpoints", "save_steps", "samples", "token_cache"}
 
 

@@ -116,10 +116,10 @@ def fit(
     fixed: Mapping[str, torch.Tensor] = MappingProxyType({}),
     output_side: AbstractSet[str] = frozenset(),
     prompt_side: AbstractSet[str] = frozenset(),
-    untrained: Callable[[], AbstractContextManager[None]] = nullcontext,
     checkpoint: Checkpoint | None = None,
     on_event: OnEvent = lambda event: None,
     on_best: Callable[[], None] = lambda: None,
+    untrained: Callable[[], AbstractContextManager[None]] | None = None,
 ) -> Fitted:
     """Train `tensors` in place.
 
@@ -137,11 +137,10 @@ def fit(
         fixed: what the adapter holds besides, recorded in each checkpoint.
         output_side: names of tensors that LoRA+ gives a higher rate.
         prompt_side: names of a soft prompt's tensors, which have a rate of their own.
-        untrained: makes the model its base for the evaluation before the first step, where the adapter changes it from
-            the start.
         checkpoint: where to go on; None begins anew.
         on_event: told of each step, evaluation and checkpoint.
         on_best: called while the model holds an adapter better than all before.
+        untrained: within it the model is the base; None: it is that before the first step anyway.
 
     Raises:
         NonFiniteLossError: a loss or gradient is NaN or infinite; names step and rows. Checkpoints stay as they were.
@@ -193,14 +192,17 @@ def fit(
             if evaluation_due and cursor.evaluated_step != cursor.step and not stop:
                 on_event(Phase("evaluating"))
                 start = time.perf_counter()
-                with untrained() if cursor.step == 0 else nullcontext():
-                    loss, _ = mean_loss(model, valid, micro_batch_tokens=config.evaluation_tokens)
-                better = _take_evaluation(cursor, loss)
+                loss, _ = mean_loss(model, valid, micro_batch_tokens=config.evaluation_tokens)
+                base = None
+                if cursor.step == 0 and untrained is not None:
+                    with untrained():
+                        base, _ = mean_loss(model, valid, micro_batch_tokens=config.evaluation_tokens)
+                better = _take_evaluation(cursor, loss, base)
                 if better:
                     _keep(tensors, best)
                     on_best()
-                write({"step": cursor.step, "eval_loss": loss})
-                on_event(Evaluated(cursor.step, loss, better, time.perf_counter() - start))
+                write({"step": cursor.step, "eval_loss": loss} | ({} if base is None else {"base_loss": base}))
+                on_event(Evaluated(cursor.step, loss, better, time.perf_counter() - start, base))
             stopped_early = config.early_stop is not None and cursor.evaluations_without_better >= config.early_stop
             ends = at_end or stopped_early or bool(stop)
             if (cursor.step % config.save_steps == 0 or ends) and cursor.step != saved_step:
@@ -356,13 +358,19 @@ def _keep(tensors: Mapping[str, torch.Tensor], best: dict[str, torch.Tensor]) ->
             best[name] = tensor.to("cpu", copy=True)
 
 
-def _take_evaluation(cursor: Cursor, loss: float) -> bool:
-    """Note an evaluation in the cursor; whether it is the best of an adapter that has been updated at all."""
+def _take_evaluation(cursor: Cursor, loss: float, base: float | None = None) -> bool:
+    """Note an evaluation in the cursor; whether it is the best of an adapter that has been updated at all.
+
+    Args:
+        cursor: of the run.
+        loss: of the model as it is.
+        base: of the base alone, where that is another before the first step.
+    """
     if not math.isfinite(loss):
         raise NonFiniteLossError(f"the validation loss is {loss} after step {cursor.step}. {_ADVICE}")
     cursor.evaluated_step = cursor.step
     if cursor.step == 0:
-        cursor.initial_loss = loss
+        cursor.initial_loss = loss if base is None else base
     if cursor.updates == 0:
         return False
     if cursor.best_loss is None or loss < cursor.best_loss:

@@ -6,6 +6,7 @@ import torch
 
 from lorakit import machine
 from lorakit.adapter.attach import attach
+from lorakit.adapter.config import FROM_DATA, LoRAConfig
 from lorakit.data.chat import Example
 from lorakit.data.sources import Origin
 from lorakit.errors import ConfigError
@@ -55,8 +56,15 @@ def plan_run(
     machine.keep_freed_memory()
     model, tokenizer = load_model(config.model, config.dtype, config.device, config.quantize)
     checkpoint_activations(model, on=config.gradient_checkpointing == "on")
-    attach(model, config.lora, prompt=config.prompt, tokenizer=tokenizer)
+    attach(model, _as_costly(config.lora), prompt=config.prompt, tokenizer=tokenizer)
     return timed(plan, config, model, train, valid, steps=steps_timed)
+
+
+def _as_costly(config: LoRAConfig) -> LoRAConfig:
+    """A config whose steps take as long, and that needs neither rows nor an original to begin."""
+    if config.init not in FROM_DATA | {"loftq"}:
+        return config
+    return config.replace(init="olora" if config.from_start else "default")
 
 
 def _device(name: str) -> tuple[torch.device, bool]:

@@ -41,6 +41,7 @@ from lorakit.files import (
 )
 from lorakit.generation import generate
 from lorakit.models import load_model, load_tokenizer, resolve, stop_ids, storage_of
+from lorakit.originals import refuse_storage, starts_from_original
 from lorakit.packing import packed_logits
 from lorakit.report import size, write_report
 from lorakit.training.checkpoint import Checkpoint, load_newest
@@ -90,7 +91,7 @@ class Run:
     step: int
     total_steps: int
     initial_loss: float | None
-    """Validation loss per token of the base model."""
+    """Validation loss per token of the base model alone."""
 
     best_loss: float | None
     """Validation loss per token of the best adapter."""
@@ -122,6 +123,9 @@ class Run:
     adapter_bytes: int | None
     model_bytes: int | None
     dtype: str
+    storage: str
+    """How the base was held: "none" (in `dtype`), or in which format."""
+
     device: str
     report: str
     lorakit_version: str
@@ -167,6 +171,7 @@ def _train(config: TrainConfig, folder: Path, on_event: OnEvent) -> Run:
     on_event(DataReady(len(data.train.rows), len(data.valid.rows), data.lines()))
     plan = Plan.of(config, train_examples)
     config = resolved(config, device, plan, sum(len(example.ids) for example in valid_examples))
+    refuse_storage(config.lora.init, config.quantize, config.loftq_original)
     config, passing = _made_to_fit(config, data, on_event)
 
     on_event(Phase("loading the model"))
@@ -215,10 +220,10 @@ def _train(config: TrainConfig, folder: Path, on_event: OnEvent) -> Run:
             fixed=subject.fixed,
             output_side=subject.output_side,
             prompt_side=subject.prompt_side,
-            untrained=subject.untrained if subject.changes_at_once else contextlib.nullcontext,
             checkpoint=checkpoint,
             on_event=on_event,
             on_best=save_best,
+            untrained=subject.untrained if subject.changes_at_once else None,
         )
     if not subject.check_base():
         raise RunError(
@@ -316,6 +321,7 @@ def _located(config: TrainConfig, folder: Path) -> TrainConfig:
         model=resolve(config.model).name,
         data=located(config.data),
         validation=None if config.validation is None else located(config.validation),
+        loftq_original=None if config.loftq_original is None else resolve(config.loftq_original).name,
         output=str(folder.resolve()),
         resume=False,
     )
@@ -407,8 +413,8 @@ def _as_begun(config: TrainConfig, folder: Path) -> TrainConfig:
     left_open = {name: getattr(begun, name) for name in chosen if getattr(config, name) == "auto"}
     if "batch_size" in left_open:  # what goes through the model at once was then left to the plan
         left_open["micro_batch_tokens"] = begun.micro_batch_tokens
-    numbers = ("eval_steps", "save_steps", "learning_rate", "eval_batch_tokens")
-    left_open |= {name: getattr(begun, name) for name in numbers if getattr(config, name) is None}
+    unset = ("eval_steps", "save_steps", "learning_rate", "eval_batch_tokens", "loftq_original")
+    left_open |= {name: getattr(begun, name) for name in unset if getattr(config, name) is None}
     return config.replace(**left_open)
 
 
@@ -459,13 +465,16 @@ def _beginning(
     checkpoint: Checkpoint | None,
     on_event: OnEvent,
 ) -> LoRAConfig | Starts:
-    """What the run begins with: its config, or what its first rows say; a run that goes on has that in its
-    checkpoint.
+    """What the run begins with: its config, or what its first rows or the base's original say; a run that goes on has
+    that in its checkpoint.
     """
-    if config.lora.init not in FROM_DATA:
+    if config.lora.init not in FROM_DATA | {"loftq"}:
         return config.lora
     if checkpoint is not None:
         return starts_in(checkpoint.adapter | checkpoint.fixed, config.lora, model)
+    if config.lora.init == "loftq":
+        on_event(Phase("init loftq: reading what was quantised"))
+        return starts_from_original(model, config.lora, config.loftq_original, seed=config.seed)
     on_event(Phase(f"init {config.lora.init}: looking at the first rows"))
     micro_batches = [rows for step in itertools.islice(plan.steps(0), config.init_steps) for rows in step]
     batches = [collate(examples, rows).to(next(model.parameters()).device) for rows in micro_batches]
@@ -579,6 +588,7 @@ def _result(folder: Path, fitted: Fitted, about: ModelReady, subject: Subject, t
         adapter_bytes=subject.saved_bytes(best) if best and of_adapter else None,
         model_bytes=subject.saved_bytes(best) if best and not of_adapter else None,
         dtype=about.dtype,
+        storage=about.storage,
         device=about.device,
         report=str(folder / "report.html"),
         lorakit_version=__version__,

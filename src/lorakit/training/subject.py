@@ -85,7 +85,8 @@ class TrainedAdapter:
         self.fixed: Mapping[str, torch.Tensor] = self._adapters.fixed_tensors(ADAPTER_NAME)
         self.output_side: AbstractSet[str] = self._adapters.output_side(ADAPTER_NAME)
         self.prompt_side: AbstractSet[str] = self._adapters.prompt_side(ADAPTER_NAME)
-        self.changes_at_once = bool(self.prompt_side)
+        config = beginning.config if isinstance(beginning, Starts) else beginning
+        self.changes_at_once = bool(self.prompt_side) or config.begins_with_update
 
     def untrained(self) -> AbstractContextManager[None]:
         """As `Subject`."""
@@ -120,6 +121,7 @@ class TrainedAdapter:
         return ModelReady(
             parameters=summary["base_parameters"],
             dtype=config.dtype,
+            storage=config.quantize,
             products=config.frozen_products,
             device=config.device,
             layers=own["layers"],
@@ -177,6 +179,7 @@ class TrainedModel:
         return ModelReady(
             parameters=number,
             dtype=config.dtype,
+            storage=config.quantize,
             products="exact",
             device=config.device,
             layers=0,

@@ -77,6 +77,32 @@ def write_gguf(path, model, store=gguf.GGMLQuantizationType.F32):
     return str(path)
 
 
+def write_renamed(path, model, architecture, transposed=(), kind=gguf.GGMLQuantizationType.Q8_0, one_more=()):
+    """A model whose conversion only renames (and here and there transposes) as a GGUF file without a tokenizer."""
+    config = model.config
+    names = gguf.get_tensor_name_map(
+        next(a for a, n in gguf.MODEL_ARCH_NAMES.items() if n == architecture), config.num_hidden_layers
+    )
+    sizes = config if architecture != "gpt2" else None
+    with gguf_file(path, architecture, sizes) as writer:
+        if sizes is None:
+            writer.add_block_count(config.n_layer)
+            writer.add_context_length(config.n_positions)
+            writer.add_embedding_length(config.n_embd)
+            writer.add_head_count(config.n_head)
+            writer.add_layer_norm_eps(config.layer_norm_epsilon)
+        for name, parameter in model.named_parameters():
+            array = parameter.detach().numpy()
+            if name.endswith(transposed):
+                array = array.T.copy()
+            if name.endswith(one_more):
+                array = array + 1
+            stored = kind if array.ndim == 2 else gguf.GGMLQuantizationType.F32
+            target = names.get_name(name, try_suffixes=(".weight", ".bias"))
+            writer.add_tensor(target, gguf.quantize(array, stored), raw_dtype=stored)
+    return path
+
+
 def rounded(tensor, store):
     """What a matrix is after a GGUF file has stored it."""
     return (

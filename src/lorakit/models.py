@@ -357,6 +357,17 @@ def checkpoint_of(spec: str | Path, skeleton: Any, storage: str = "none") -> Che
     return held
 
 
+def gguf_weights(spec: str | Path, skeleton: Any) -> GgufWeights:
+    """The tensors of a base that is a GGUF file, each given its place in the model.
+
+    Raises:
+        ModelError: it cannot be used in its blocks.
+    """
+    source = resolve(spec)
+    assert source.kind == "gguf", "asked for one"
+    return GgufWeights(Path(source.location), skeleton)
+
+
 def weights_size(skeleton: Any, spec: str | Path, quantize: str, dtype: torch.dtype) -> int:
     """Bytes that a base's weights and buffers take in memory.
 
@@ -374,8 +385,7 @@ def _unconverted(source: ModelSource, skeleton: Any) -> Checkpoint:
     """The weights of a base, those of a GGUF file where they are."""
     if source.kind != "gguf":
         return find_checkpoint(local_folder(source.spec), skeleton)
-    path = Path(source.location)
-    return GgufCheckpoint.of(GgufWeights(path, skeleton), Path(_about_folder(source) or ""))
+    return GgufCheckpoint.of(gguf_weights(source.spec, skeleton), Path(_about_folder(source) or ""))
 
 
 def _load_quantised(source: ModelSource, storage: Storage, dtype: torch.dtype, device: torch.device) -> Any:

@@ -241,7 +241,7 @@ def test_a_divergence_as_large_as_the_adapters_own_does_not_pass(tmp_path):
     with pytest.raises(MergeError, match="differs from the adapter"):
         merge(adapters=[adapter], weights=[1e-4], output=tmp_path / "merged", dtype="bf16", minimum_survival=0)
     result = merge(adapters=[adapter], weights=[1e-4], output=tmp_path / "merged")
-    assert result.proof.limit <= max(result.proof.base.mean_kl / 10, 10 * result.proof.floor.mean_kl)
+    assert result.proof.limit <= 1.0001 * max(result.proof.base.mean_kl / 10, 10 * result.proof.floor.mean_kl)
     assert result.report.survived <= 1
 
 

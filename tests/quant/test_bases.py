@@ -9,7 +9,7 @@ from torch import nn
 from transformers import Gemma2Config, Gemma2ForCausalLM, GPT2Config, Qwen2Config, Qwen2ForCausalLM
 
 import lorakit
-from gguf_files import gguf_file, write_gguf
+from gguf_files import write_gguf, write_renamed
 from lorakit import Adapter, LoRAConfig, cli, machine, models
 from lorakit.adapter import fingerprint
 from lorakit.checkpoints.gguf import GgufWeights
@@ -226,32 +226,6 @@ def test_whole_trained_modules_are_dense_copies(spec):
 
 
 # ---------------------------------------------------------------- other architectures
-
-
-def write_renamed(path, model, architecture, transposed=(), kind=gguf.GGMLQuantizationType.Q8_0, one_more=()):
-    """A model whose conversion only renames (and here and there transposes) as a GGUF file without a tokenizer."""
-    config = model.config
-    names = gguf.get_tensor_name_map(
-        next(a for a, n in gguf.MODEL_ARCH_NAMES.items() if n == architecture), config.num_hidden_layers
-    )
-    sizes = config if architecture != "gpt2" else None
-    with gguf_file(path, architecture, sizes) as writer:
-        if sizes is None:
-            writer.add_block_count(config.n_layer)
-            writer.add_context_length(config.n_positions)
-            writer.add_embedding_length(config.n_embd)
-            writer.add_head_count(config.n_head)
-            writer.add_layer_norm_eps(config.layer_norm_epsilon)
-        for name, parameter in model.named_parameters():
-            array = parameter.detach().numpy()
-            if name.endswith(transposed):
-                array = array.T.copy()
-            if name.endswith(one_more):
-                array = array + 1
-            stored = kind if array.ndim == 2 else gguf.GGMLQuantizationType.F32
-            target = names.get_name(name, try_suffixes=(".weight", ".bias"))
-            writer.add_tensor(target, gguf.quantize(array, stored), raw_dtype=stored)
-    return path
 
 
 def small(kind, settings=None, **changes):

@@ -219,7 +219,7 @@ def preview(
         layers.append(layer)
         dtypes.add(format_of(stored) or str(stored.dtype).removeprefix("torch."))
         names.append(name)
-    kept = {name for group in _staying_tied(model, modules, selection) for name in group}
+    kept = {name for group in staying_tied(model, modules, selection) for name in group}
     shared = shared_parameters(model) - kept
     return FoldReport(
         layers=tuple(layers), dtypes=tuple(sorted(dtypes)), untied=tuple(name for name in names if name in shared)
@@ -241,7 +241,7 @@ def _tied(model: nn.Module) -> list[list[str]]:
     return [group for group in names.values() if len(group) > 1]
 
 
-def _staying_tied(model: nn.Module, modules: Mapping[str, AdaptedModule], selection: Selection) -> list[list[str]]:
+def staying_tied(model: nn.Module, modules: Mapping[str, AdaptedModule], selection: Selection) -> list[list[str]]:
     """The groups in which every module's change is the same: rows of an embedding that are its head's too, say."""
 
     def change(name: str) -> list[tuple[int, ...]]:
@@ -297,7 +297,7 @@ def fold_in(model: nn.Module, modules: Mapping[str, AdaptedModule], selection: S
     A parameter shared with another module is given to its adapted module alone first, and the config of a transformers
     model is told that its embeddings are tied no more; unless all that share it change alike.
     """
-    staying = _staying_tied(model, modules, selection)
+    staying = staying_tied(model, modules, selection)
     again = {name for group in staying for name in group[1:]}
     shared = shared_parameters(model) - {name for group in staying for name in group}
     untied = False

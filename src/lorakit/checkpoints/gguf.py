@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -138,6 +138,43 @@ class GgufWeights:
         """A parameter in fp32."""
         stored = self.stored(name, torch.float32)
         return stored.dense() if isinstance(stored, QuantizedTensor) else stored
+
+    def own_dtype(self, name: str) -> torch.dtype:
+        """In which a parameter's plain numbers are stored; fp32 for blocks, which are worked on in it."""
+        return _VIEWS.get(self.file.kind(self._places[name].tensor), torch.float32)
+
+    def kinds(self, names: Iterable[str]) -> tuple[str, ...]:
+        """ggml's types of the tensors that some parameters are in."""
+        return tuple(sorted({self.file.kind(self._places[name].tensor) for name in names}))
+
+    def unwritable(self, name: str) -> str | None:
+        """Why a parameter cannot be put back into the file; None where it can."""
+        place = self._places[name]
+        kind = self.file.kind(place.tensor)
+        if place.kept_as in _VIEWS or (place.kept_as in BLOCKS and BLOCKS[place.kept_as].pack is not None):
+            return None
+        if place.kept_as in BLOCKS or kind in BLOCKS:
+            return f"stored as {kind}, which lorakit reads and does not write"
+        if kind not in _VIEWS:
+            return f"stored as {kind}"
+        values = self.file.values(place.tensor)
+        same = np.array_equal(np.asarray(self._processed(place.tensor, values)[1]), values)
+        return None if same else "its numbers are put in another order, or changed, by llama.cpp's converter"
+
+    def raw(self, name: str, stored: torch.Tensor) -> tuple[str, torch.Tensor]:
+        """(the tensor's name in the file, its bytes there) of a parameter as `stored` gives it, in `own_dtype`; the
+        parameter is not `unwritable`.
+        """
+        place = self._places[name]
+        if isinstance(stored, QuantizedTensor):
+            (packed,) = stored.parts
+        else:
+            assert stored.dtype == self.own_dtype(name), "what is written is what was measured"
+            plain = (stored.t() if place.transposed else stored).contiguous()
+            packed = plain.view(torch.uint8).reshape(len(plain), -1)
+        if place.rows is not None:
+            packed = torch.empty_like(packed).index_copy_(0, place.rows, packed)
+        return place.tensor, packed
 
     # ------------------------------------------------------------ placing
 

@@ -38,6 +38,11 @@ if TYPE_CHECKING:
 @click.option("--max-new-tokens", type=int, default=256, show_default=True, help="Longest answer.")
 @click.option("--device", default="auto", show_default=True, help="On which to verify: auto, cpu, cuda, mps.")
 @click.option("--verify/--no-verify", default=True, show_default=True, help="Load what was written and compare it.")
+@click.option(
+    "--requantize",
+    is_flag=True,
+    help="Of a GGUF base, write a GGUF file in the base's own formats; most of a small update is lost in few bits.",
+)
 @click.option("--accept", is_flag=True, help="Write the model even where it does not pass; the certificate says so.")
 def command(
     adapters: Sequence[str], output: str, weights: Sequence[str], metrics: Sequence[str], as_json: bool, **settings: Any
@@ -79,6 +84,10 @@ def result_lines(result: Merge) -> Iterator[str]:
         f"merged {len(report.layers):,} weights in {', '.join(report.dtypes)}; "
         f"{report.survived:.2%} of the update survives rounding"
     )
+    if result.how == "requantised":
+        worst = sorted((layer for layer in report.layers if layer.energy), key=lambda layer: layer.survived)[:3]
+        listed = ", ".join(f"{layer.name} ({layer.survived:.0%})" for layer in worst)
+        yield f"       least of {listed}; of each weight: {CERTIFICATE}"
     if report.untied:
         yield f"       untied: {', '.join(report.untied)}"
     if not result.tokenizer:
@@ -97,5 +106,5 @@ def result_lines(result: Merge) -> Iterator[str]:
     for metric, (adapter, merged) in result.scores.items():
         yield f"       {metric} {adapter:.4f} with the adapter, {merged:.4f} merged"
     yield f"done   {result.output} in {result.seconds:.0f} s; certificate {CERTIFICATE}"
-    using = f"--model {result.output}" + (f" --adapter {result.prompt}" if result.prompt is not None else "")
+    using = f"--model {result.model}" + (f" --adapter {result.prompt}" if result.prompt is not None else "")
     yield f"next   lorakit chat {using}    lorakit eval DATA {using}"

@@ -66,7 +66,7 @@ def fold(
     total = old + update
     target = dtype or weight.dtype
     if rewrite and isinstance(weight, QuantizedTensor):
-        stored: torch.Tensor = weight.rewritten(total)
+        stored: torch.Tensor = weight.rewritten(total, generator)
     else:
         stored = total.to(target) if generator is None else round_stochastically(total, target, generator)
     if not torch.isfinite(stored).all():

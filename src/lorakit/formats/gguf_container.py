@@ -11,7 +11,7 @@ import functools
 import math
 import mmap
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -288,6 +288,31 @@ class MappedFile:
         if not math.prod(shape):
             return torch.empty(shape, dtype=torch.uint8)
         return torch.frombuffer(self._data, dtype=torch.uint8, count=math.prod(shape), offset=begin).view(shape)
+
+    def copied(self, target: Path, changes: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Write the same file with other data for some tensors; metadata, types and all else are this file's bytes.
+
+        For files inside an `atomic_folder`, which makes them durable and puts them in place.
+
+        Args:
+            target: a file that does not exist yet.
+            changes: (name, bytes as `raw` has them), taken one by one.
+
+        Raises:
+            FileError: it could not be written.
+        """
+        import torch
+
+        try:
+            with target.open("xb") as file:
+                file.write(self._data)
+                for name, raw in changes:
+                    assert raw.dtype == torch.uint8, "bytes"
+                    assert raw.numel() == self.nbytes(name), f"{name}: of another size than in the file"
+                    file.seek(self._raw[name][1])
+                    file.write(raw.contiguous().numpy().data)
+        except OSError as error:
+            raise FileError(f"{target}: could not be written: {error.strerror or error}") from error
 
     def values(self, name: str) -> np.ndarray:
         """A tensor's numbers in fp32, by gguf's own code.

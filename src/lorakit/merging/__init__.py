@@ -22,12 +22,16 @@ from lorakit.errors import AdapterError, ConfigError, MergeError
 from lorakit.evaluation import evaluate
 from lorakit.gguf_cache import quiet
 from lorakit.merging import proof, stream
-from lorakit.merging.proof import MAX_KL, Proof
+from lorakit.merging.proof import Proof
+from lorakit.merging.requantise import requantise
+from lorakit.quantised_base import Storage
 from lorakit.version import __version__
 
 CERTIFICATE = "merge_certificate.json"
 PROMPT = "prompt"
 """Folder, in that of a merged model, of a soft prompt, which is no part of weights and stays an adapter."""
+LOST = 0.5
+"""Share of an adapter's effect that may be lost in a requantised model whose limit somebody has chosen."""
 _COMPANIONS = ("generation_config.json", "preprocessor_config.json", "processor_config.json", "*.py")
 _HEADROOM = 1.3  # a loaded model takes more than its weights while it answers a few short rows
 
@@ -37,10 +41,11 @@ class Merge:
     """A merge that has been written.
 
     Attributes:
-        output: folder of the merged model.
+        output: folder that was written.
+        model: what `load_model` takes: that folder, or the GGUF file in it.
         base: what it was merged into, as `load_model` takes it.
         held: how the base was held, as `models.storage_of` has it; its numbers are those of it.
-        how: "streamed" tensor by tensor, or "in memory" with the reason.
+        how: "streamed" tensor by tensor, "requantised", or "in memory" with the reason.
         report: how much of the update survived rounding, per parameter.
         proof: the comparison with base + adapter; None if it was not asked for.
         scores: metric -> (base + adapter, merged), on the data, if there were any.
@@ -51,6 +56,7 @@ class Merge:
     """
 
     output: Path
+    model: Path
     base: str
     held: str
     how: str
@@ -66,6 +72,7 @@ class Merge:
         """For JSON, and the certificate."""
         return {
             "lorakit": __version__,
+            "model": self.model.name if self.model != self.output else ".",
             "base": self.base,
             "base_held_in": self.held,
             "how": self.how,
@@ -92,13 +99,14 @@ def merge(
     seed: int = 0,
     minimum_survival: float = MINIMUM_SURVIVAL,
     verify: bool = True,
-    max_kl: float = MAX_KL,
+    max_kl: float | None = None,
     data: str | Path | Sequence[Row] | None = None,
     metrics: Sequence[str] = ("loss",),
     limit: int | None = None,
     max_new_tokens: int = 256,
     device: str = "auto",
     accept: bool = False,
+    requantize: bool = False,
     on_stage: Callable[[str], None] | None = None,
 ) -> Merge:
     """Fold adapters into a base model on disk, verify the result, and put it in place with its tokenizer.
@@ -120,14 +128,18 @@ def merge(
         minimum_survival: share of the update that must survive rounding.
         verify: load what was written and compare it with base + adapter on prompts (takes the memory of one model, and
             a tokenizer: the adapter's or the base's).
-        max_kl: largest mean divergence, nats a token. Less is asked for where the adapter itself does little (a tenth
-            of its own divergence from the base); what the dtype alone does, ten times over, passes anyway.
+        max_kl: largest mean divergence, nats a token; None: `MAX_KL`. Less is asked for where the adapter itself does
+            little (a tenth of its own divergence from the base; half of it where you requantize and name a limit); what
+            the dtype alone does, ten times over, passes anyway.
         data: rows on which to compare instead of a few general prompts, and to measure both models.
         metrics: as in `evaluate`, for the data.
         limit: take only the first rows of the data.
         max_new_tokens: where generation ends at the latest, for metrics that judge answers.
         device: on which to verify.
         accept: write the model even where it does not pass; the certificate says so.
+        requantize: of a GGUF base, write a GGUF file whose merged weights are in the base's own formats and which is
+            the base's file otherwise, tokenizer and chat template included. Most of a small update is lost in few
+            bits: stochastic rounding keeps its mean and adds noise. `Merge.report` has the share for each weight.
         on_stage: called with a word for each stage as it begins.
 
     Raises:
@@ -149,7 +161,7 @@ def merge(
         raise ConfigError(f"weights: {len(factors)} for {len(adapters)} adapters; give one each")
     if not any(factors) or not all(math.isfinite(factor) for factor in factors):
         raise ConfigError(f"weights: finite numbers, not all of them 0 (got {factors})")
-    if max_kl < 0:
+    if max_kl is not None and max_kl < 0:
         raise ConfigError(f"max_kl: nats a token, at least 0 (got {max_kl})")
     stage = on_stage or (lambda _: None)
     paths = [adapter for adapter in adapters if not isinstance(adapter, Adapter)]
@@ -157,14 +169,18 @@ def merge(
     values = [a if isinstance(a, Adapter) else models.read_adapter(a, spec) for a in adapters]
     held = models.storage_of(spec, models.agreed_storage(values, spec))
     values, factors, prompt = _apart(values, factors)
+    if requantize:
+        held = _in_blocks(spec, held, dtype)
     what = _What(spec, values, factors, held)
-    check = _Check(None if data is None else _rows(data, limit), metrics, max_new_tokens, max_kl, device)
+    share = LOST if requantize and max_kl is not None else proof.LOST
+    most = proof.Limit(proof.MAX_KL if max_kl is None else max_kl, share)
+    check = _Check(None if data is None else _rows(data, limit), metrics, max_new_tokens, most, device)
 
     stage("reading the base")
     skeleton = models.load_skeleton(spec)
     handle = what.attached_to(skeleton)
     draws = seed if rounding == "stochastic" else None
-    if dtype == "auto" and held != "none":
+    if dtype == "auto" and held != "none" and not requantize:
         dtype = "bf16"
     storage = None if dtype == "auto" else machine.resolve_dtype(dtype, machine.resolve_device("cpu"))
     try:
@@ -174,10 +190,18 @@ def merge(
     except NotStreamableError as error:
         checkpoint, reason = None, str(error)
     tokenizer = _tokenizer(spec, paths, skeleton, needed=verify)
+    if requantize and tokenizer is not None and not accept:
+        _require_own_template(spec, tokenizer)
 
     with files.atomic_folder(output) as building:
         stage("folding")
-        if checkpoint is not None:
+        written = building
+        if requantize:
+            how = "requantised"
+            blocks = models.gguf_weights(spec, skeleton)
+            written = building / f"{blocks.file.path.stem}-merged.gguf"
+            report = requantise(blocks, handle, written, draws)
+        elif checkpoint is not None:
             how = "streamed"
             report = stream.Stream(checkpoint, handle, storage, draws).run(building)
             _write_companions(checkpoint.folder, building, report, storage)
@@ -190,20 +214,22 @@ def merge(
                 report.check(minimum_survival)
             except AdapterError as error:
                 raise MergeError(f"{error} (accept=True writes it all the same)") from None
-        if tokenizer is not None:
+        if tokenizer is not None and not requantize:
             tokenizer.save_pretrained(building)
         if prompt is not None:
-            merged_base = BaseInfo(name=str(output.resolve()), architecture="", dtype="", structure="", samples=())
-            replace(prompt, base=merged_base).save(building / PROMPT)
+            place = output / written.name if requantize else output
+            merged = BaseInfo(name=str(place.resolve()), architecture="", dtype="", structure="", samples=())
+            replace(prompt, base=merged).save(building / PROMPT)
         found: Proof | None = None
         scores: dict[str, tuple[float, float]] = {}
         if verify:
             stage("verifying")
-            found, scores = _verify(what, tokenizer, building, report.dtypes[0], check)
+            found, scores = _verify(what, tokenizer, written, "auto" if requantize else report.dtypes[0], check)
             if not found.passed and not accept:
-                raise MergeError(_why(found, output))
+                raise MergeError(_why(found, output, requantize=requantize))
         result = Merge(
             output=output,
+            model=output / written.name if requantize else output,
             base=spec,
             held=held,
             how=how,
@@ -276,12 +302,12 @@ class _What:
 
 @dataclass(frozen=True)
 class _Check:
-    """How a merged model is held against base + adapter; the fields are `merge`'s arguments."""
+    """How a merged model is held against base + adapter; the fields are as `merge`'s arguments."""
 
     rows: Sequence[Row] | None
     metrics: Sequence[str]
     max_new_tokens: int
-    max_kl: float
+    limit: proof.Limit
     device: str
 
     def scores(self, model: Any, tokenizer: Any) -> dict[str, float]:
@@ -296,6 +322,39 @@ class _Check:
             max_new_tokens=self.max_new_tokens,
         )
         return result.scores
+
+
+def _in_blocks(spec: str, held: Storage, dtype: str) -> Storage:
+    """How a base must be held to be written back in its own formats.
+
+    Raises:
+        ConfigError: it cannot be, or a dtype is asked for.
+    """
+    if held not in ("blocks", "none"):
+        raise ConfigError(
+            f"requantize: the adapter was made on a base held in {held}, for which there is no file of a model; merge "
+            "into a dense model (without requantize), or keep the adapter unmerged"
+        )
+    if models.resolve(spec).kind != "gguf":
+        raise ConfigError(f"requantize: {spec} is no GGUF file, so it has no formats to write in; merge without it")
+    if dtype != "auto":
+        raise ConfigError(f"requantize writes in the base's own formats, so it takes no dtype (got {dtype!r})")
+    return models.storage_of(spec, "blocks")
+
+
+def _require_own_template(spec: str, tokenizer: Any) -> None:
+    """Refuse a tokenizer that the base's file does not have: the new file would have the base's.
+
+    Raises:
+        MergeError: the adapter brings another one.
+    """
+    base = models.load_tokenizer(spec)
+    if tokenizer.chat_template != base.chat_template or tokenizer.get_vocab() != base.get_vocab():
+        raise MergeError(
+            f"the adapter was trained with another chat template or vocabulary than {spec} holds, and a requantised "
+            "file keeps the base's: it would be asked in another way than it was trained. Merge into a dense model, "
+            "whose folder has the adapter's tokenizer, or accept it as it is (accept=True, --accept)"
+        )
 
 
 def _rows(data: str | Path | Sequence[Row], limit: int | None) -> list[Row]:
@@ -352,10 +411,13 @@ def _write_companions(source: Path, target: Path, report: FoldReport, storage: A
 
 
 def _verify(
-    what: _What, tokenizer: Any, merged_folder: Path, dtype: str, check: _Check
+    what: _What, tokenizer: Any, written: Path, dtype: str, check: _Check
 ) -> tuple[Proof, dict[str, tuple[float, float]]]:
-    """Compare base + adapter with what was written, one after the other in memory, both in `dtype`."""
-    needed = int(_HEADROOM * sum(file.stat().st_size for file in merged_folder.glob("*.safetensors")))
+    """Compare base + adapter with the folder or GGUF file that was written, one after the other in memory, both in
+    `dtype`.
+    """
+    shards = [written] if written.is_file() else written.glob("*.safetensors")
+    needed = int(_HEADROOM * sum(file.stat().st_size for file in shards))
     available = machine.available_memory()
     if machine.resolve_device(check.device).type == "cpu" and available is not None and needed > available:
         raise MergeError(
@@ -375,17 +437,22 @@ def _verify(
     reference = proof.refer(adapted, handle, proof.within_budget(texts))
     with_adapter = check.scores(adapted, tokenizer)
     del adapted, handle
-    merged, _ = models.load_model(merged_folder, dtype, check.device)
-    found = proof.compare(reference, merged, check.max_kl)
+    merged, _ = models.load_model(written, dtype, check.device)
+    found = proof.compare(reference, merged, check.limit)
     of_merged = check.scores(merged, tokenizer)
     return found, {metric: (with_adapter[metric], of_merged[metric]) for metric in of_merged}
 
 
-def _why(found: Proof, output: Path) -> str:
+def _why(found: Proof, output: Path, *, requantize: bool) -> str:
     m, f = found.merged, found.floor
+    ways = (
+        "Merge into a dense model (without requantize), round stochastically"
+        if requantize
+        else "Merge in a wider dtype (fp32)"
+    )
     return (
         f"the merged model differs from the adapter: mean KL {m.mean_kl:.1e} nats a token where {found.limit:.1e} is "
         f"allowed (the dtype alone: {f.mean_kl:.1e}), the same top token in {m.same_top:.1%} of {found.positions} "
-        f"({found.dtype}). Nothing was written to {output}. Merge in a wider dtype (fp32), keep the adapter unmerged, "
+        f"({found.dtype}). Nothing was written to {output}. {ways}, keep the adapter unmerged, "
         "raise max_kl, or accept it as it is"
     )

@@ -17,6 +17,9 @@ from lorakit.generation import generate
 MAX_KL = 1e-2
 """Largest mean divergence, nats a token, that a merge may show unless a caller says otherwise."""
 
+LOST = 0.1
+"""Share of what the adapter does (its divergence from the base) that a merge may be off by."""
+
 PROMPTS = (
     "What is the capital of France?",
     "Write one sentence about the sea.",
@@ -29,6 +32,20 @@ PROMPTS = (
 )
 _ANSWER_TOKENS = 24
 _POSITIONS = 512  # logits of so many tokens are held at once: (512, V) fp32 is 100 MB at V = 49k
+
+
+@dataclass(frozen=True)
+class Limit:
+    """What a merged model may be off by.
+
+    Attributes:
+        kl: mean divergence, nats a token.
+        share: of the base's own distance, where that is less: an adapter that changes little is lost in what would be a
+            small divergence for another.
+    """
+
+    kl: float
+    share: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +78,7 @@ class Proof:
         rows: rows compared.
         positions: tokens compared.
         dtype: both models' dtype.
-        limit: largest mean divergence that passes: the one asked for, or a tenth of what the adapter does (the base's
+        limit: largest mean divergence that passes: the one asked for, or a share of what the adapter does (the base's
         distance) if that is less; but ten times the floor passes always.
     """
 
@@ -129,7 +146,7 @@ def refer(model: Any, handle: Any, rows: list[list[int]]) -> Reference:
 
 
 @torch.inference_mode()
-def compare(reference: Reference, merged: Any, max_kl: float) -> Proof:
+def compare(reference: Reference, merged: Any, limit: Limit) -> Proof:
     """Hold the merged model's logits against the reference."""
     return Proof(
         merged=difference(reference.logits, _logits(merged, reference.rows, together=False)),
@@ -138,8 +155,7 @@ def compare(reference: Reference, merged: Any, max_kl: float) -> Proof:
         rows=len(reference.rows),
         positions=len(reference.logits),
         dtype=str(merged.dtype).removeprefix("torch."),
-        # an adapter that changes little is lost in what would be a small divergence for another
-        limit=max(min(max_kl, reference.base.mean_kl / 10), 10 * reference.floor.mean_kl),
+        limit=max(min(limit.kl, limit.share * reference.base.mean_kl), 10 * reference.floor.mean_kl),
     )
 
 

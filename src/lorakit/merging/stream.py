@@ -7,7 +7,8 @@ models, and nothing of how a merge is judged.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -151,22 +152,28 @@ class Stream:
         name = output.folded
         assert name is not None, "called for what is to be folded"
         if name not in self._ready:
-            kept = dict(base_parameters(module))
-            try:
-                for own_name in kept:
-                    tensor = self.checkpoint.read(f"{path}.{own_name}" if path else own_name, shards)
-                    _put(module, own_name, nn.Parameter(tensor, requires_grad=False))
+            with holding(module, path, lambda full: self.checkpoint.read(full, shards)):
                 for (full, _, _), stored, layer in folding.folded_parameters(
                     {path: module}, selection, self.seed, dtype=self.dtype
                 ):
                     self._ready[full] = stored
                     self._unwritten[full] = len(self.checkpoint.place[full])
                     self._layers.append(layer)
-            finally:
-                for own_name, parameter in kept.items():
-                    _put(module, own_name, parameter)
         self._unwritten[name] -= 1
         return (self._ready[name] if self._unwritten[name] else self._ready.pop(name))[output.index]
+
+
+@contextlib.contextmanager
+def holding(module: AdaptedModule, path: str, read: Callable[[str], torch.Tensor]) -> Iterator[None]:
+    """Within the block an adapted module of a skeleton has its own parameters, read by their full names."""
+    kept = dict(base_parameters(module))
+    try:
+        for name in kept:
+            _put(module, name, nn.Parameter(read(f"{path}.{name}" if path else name), requires_grad=False))
+        yield
+    finally:
+        for name, parameter in kept.items():
+            _put(module, name, parameter)
 
 
 def _put(module: nn.Module, name: str, parameter: nn.Parameter) -> None:

@@ -25,14 +25,15 @@ class Blocks:
         elements: columns in a block.
         bytes: of a block.
         numbers: writes what (n, bytes) uint8 stand for into (n, elements) fp32.
-        pack: the other way, to the nearest of what the format can hold; None: lorakit does not write the format.
+        pack: the other way: fp32, and what is added before fractions are cut off: 0.5 for the nearest number, draws
+            between 0 and 1 for one of the two neighbours; None: lorakit does not write the format.
     """
 
     name: str
     elements: int
     bytes: int
     numbers: Callable[[torch.Tensor, torch.Tensor], None]
-    pack: Callable[[torch.Tensor], torch.Tensor] | None = None
+    pack: Callable[[torch.Tensor, torch.Tensor | float], torch.Tensor] | None = None
 
     def unpack(self, parts: Parts, out: torch.Tensor) -> None:
         """As `Format.unpack`."""
@@ -40,15 +41,17 @@ class Blocks:
         assert packed.shape[1] * self.elements == out.shape[1] * self.bytes, "rows are whole blocks"
         self.numbers(packed.reshape(-1, self.bytes), out.view(-1, self.elements))
 
-    def quantise(self, matrix: torch.Tensor) -> Parts:
-        """As `Format.quantise`, for rows of whole blocks; gguf-py's choice of scales and quants.
+    def quantise(self, matrix: torch.Tensor, draws: torch.Generator | None = None) -> Parts:
+        """As `Format.quantise`, for rows of whole blocks; gguf-py's choice of scales, and to the nearest of quants.
 
         Raises:
             AdapterError: a format that lorakit does not write.
         """
         if self.pack is None:
             raise AdapterError(f"{self.name}: lorakit reads this format and does not write it")
-        return (self.pack(matrix.detach().float().reshape(-1, self.elements)).view(len(matrix), -1),)
+        x = matrix.detach().float().reshape(-1, self.elements)
+        cut = 0.5 if draws is None else torch.rand(x.shape, generator=draws, device=x.device)
+        return (self.pack(x, cut).view(len(matrix), -1),)
 
 
 def _half(blocks: torch.Tensor, at: int) -> torch.Tensor:
@@ -106,46 +109,47 @@ def _inverse(d: torch.Tensor) -> torch.Tensor:
     return torch.where(d == 0, 0, 1 / d)
 
 
-def _symmetric(x: torch.Tensor, half: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _symmetric(x: torch.Tensor, half: int, cut: torch.Tensor | float) -> tuple[torch.Tensor, torch.Tensor]:
     """(scale, quants from 0 to 2 half - 1): the largest number becomes quant 0, which stands for -half."""
     largest = x.gather(1, x.abs().argmax(1, keepdim=True))
     d = largest / -half
-    return d, (x * _inverse(d) + (half + 0.5)).to(torch.uint8).clamp_(max=2 * half - 1)
+    return d, (x * _inverse(d) + (half + cut)).to(torch.uint8).clamp_(max=2 * half - 1)
 
 
-def _between(x: torch.Tensor, most: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _between(x: torch.Tensor, most: int, cut: torch.Tensor | float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(scale, least number, quants from 0 to most)."""
     least = x.amin(1, keepdim=True)
     d = (x.amax(1, keepdim=True) - least) / most
-    return d, least, ((x - least) * _inverse(d) + 0.5).to(torch.uint8).clamp_(max=most)
+    return d, least, ((x - least) * _inverse(d) + cut).to(torch.uint8).clamp_(max=most)
 
 
-def _to_q4_0(x: torch.Tensor) -> torch.Tensor:
-    d, q = _symmetric(x, 8)
+def _to_q4_0(x: torch.Tensor, cut: torch.Tensor | float) -> torch.Tensor:
+    d, q = _symmetric(x, 8, cut)
     return torch.cat((_bytes_of(d), _nibbles(q)), 1)
 
 
-def _to_q4_1(x: torch.Tensor) -> torch.Tensor:
-    d, least, q = _between(x, 15)
+def _to_q4_1(x: torch.Tensor, cut: torch.Tensor | float) -> torch.Tensor:
+    d, least, q = _between(x, 15, cut)
     return torch.cat((_bytes_of(d), _bytes_of(least), _nibbles(q)), 1)
 
 
-def _to_q5_0(x: torch.Tensor) -> torch.Tensor:
-    d, q = _symmetric(x, 16)
+def _to_q5_0(x: torch.Tensor, cut: torch.Tensor | float) -> torch.Tensor:
+    d, q = _symmetric(x, 16, cut)
     return torch.cat((_bytes_of(d), _word(q >> 4), _nibbles(q & 15)), 1)
 
 
-def _to_q5_1(x: torch.Tensor) -> torch.Tensor:
-    d, least, q = _between(x, 31)
+def _to_q5_1(x: torch.Tensor, cut: torch.Tensor | float) -> torch.Tensor:
+    d, least, q = _between(x, 31, cut)
     return torch.cat((_bytes_of(d), _bytes_of(least), _word(q >> 4), _nibbles(q & 15)), 1)
 
 
-def _to_q8_0(x: torch.Tensor) -> torch.Tensor:
+def _to_q8_0(x: torch.Tensor, cut: torch.Tensor | float) -> torch.Tensor:
     d = x.abs().amax(1, keepdim=True) / 127
     scaled = x * _inverse(d)
     size = scaled.abs()
     whole = size.floor()
-    q = scaled.sign() * (whole + (2 * (size - whole)).floor())  # halves away from zero
+    up = (size - whole + cut).floor() if isinstance(cut, torch.Tensor) else (2 * (size - whole)).floor()
+    q = scaled.sign() * (whole + up).clamp_(max=127)  # halves away from zero
     return torch.cat((_bytes_of(d), q.to(torch.int8).view(torch.uint8)), 1)
 
 

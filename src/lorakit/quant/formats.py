@@ -27,8 +27,13 @@ class Format(Protocol):
         """
         ...
 
-    def quantise(self, matrix: torch.Tensor) -> Parts:
+    def quantise(self, matrix: torch.Tensor, draws: torch.Generator | None = None) -> Parts:
         """A (rows, columns) matrix of any floating dtype, stored.
+
+        Args:
+            matrix: to store.
+            draws: round each number to one of its two neighbours in the format, with the probabilities that make its
+                mean exact; on the matrix's device. None: to the nearest.
 
         Raises:
             AdapterError: a format that is only read.

@@ -15,12 +15,16 @@ class Int8:
 
     name: str = "int8"
 
-    def quantise(self, matrix: torch.Tensor) -> Parts:
-        """As `Format.quantise`, to the nearest."""
+    def quantise(self, matrix: torch.Tensor, draws: torch.Generator | None = None) -> Parts:
+        """As `Format.quantise`."""
         wide = matrix.detach().float()
         scale = wide.abs().amax(1, keepdim=True) / 127
-        codes = torch.where(scale > 0, wide / scale, 0).round_().to(torch.int8)
-        return codes, scale
+        codes = torch.where(scale > 0, wide / scale, 0)
+        if draws is None:
+            codes.round_()
+        else:
+            codes.add_(torch.rand(codes.shape, generator=draws, device=codes.device)).floor_().clamp_(max=127)
+        return codes.to(torch.int8), scale
 
     def unpack(self, parts: Parts, out: torch.Tensor) -> None:
         """As `Format.unpack`."""

@@ -47,8 +47,8 @@ class NF4:
 
     name: str = "nf4"
 
-    def quantise(self, matrix: torch.Tensor) -> Parts:
-        """As `Format.quantise`; each number goes to the nearest level of its block as it will be read."""
+    def quantise(self, matrix: torch.Tensor, draws: torch.Generator | None = None) -> Parts:
+        """As `Format.quantise`; each number goes to a level of its block as it will be read."""
         wide = F.pad(matrix.detach().float(), (0, -matrix.shape[1] % BLOCK))
         wide = wide.view(len(matrix), -1, BLOCK)  # (rows, blocks, 64)
         maxima = wide.abs().amax(2)  # (rows, blocks)
@@ -56,10 +56,15 @@ class NF4:
         stored = (maxima / step.clamp(min=torch.finfo(torch.float32).tiny)).round_().to(torch.uint8)
         scale = (stored.float() * step).unsqueeze(2)
         levels = matrix.new_tensor(LEVELS, dtype=torch.float32)
-        between = (levels[1:] + levels[:-1]) / 2
-        codes = (
-            torch.bucketize(torch.where(scale > 0, wide / scale, 0), between, out_int32=True).to(torch.uint8).flatten(1)
-        )
+        ratio = torch.where(scale > 0, wide / scale, 0)
+        if draws is None:
+            between = (levels[1:] + levels[:-1]) / 2
+        else:  # where between two levels a number goes up is drawn
+            below = torch.bucketize(ratio, levels, right=True, out_int32=True).sub_(1).clamp_(0, len(LEVELS) - 2)
+            share = torch.rand(ratio.shape, generator=draws, device=ratio.device)
+            low, high = levels[below], levels[below + 1]
+            ratio, between = torch.where(ratio - low > share * (high - low), high, low), levels[:-1]
+        codes = torch.bucketize(ratio, between, out_int32=True).to(torch.uint8).flatten(1)
         return codes[:, 0::2] | (codes[:, 1::2] << 4), stored, step
 
     def unpack(self, parts: Parts, out: torch.Tensor) -> None:

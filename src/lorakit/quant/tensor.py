@@ -108,13 +108,13 @@ class QuantizedTensor(torch.Tensor):
         """Whether `chunks` is one."""
         return self.numel() <= max(AT_ONCE, self.columns)
 
-    def rewritten(self, matrix: torch.Tensor) -> QuantizedTensor:
-        """Another matrix of this one's shape, stored as this one is.
+    def rewritten(self, matrix: torch.Tensor, draws: torch.Generator | None = None) -> QuantizedTensor:
+        """Another matrix of this one's shape, stored as this one is; `draws` as in `Format.quantise`.
 
         Raises:
             AdapterError: in a format that is only read.
         """
-        rows = quantised(matrix.t() if self.transposed else matrix, self.format, self.dtype)
+        rows = quantised(matrix.t() if self.transposed else matrix, self.format, self.dtype, draws=draws)
         return rows.like(lambda part: part, transposed=self.transposed)
 
     def like(self, each: Callable[[torch.Tensor], torch.Tensor], **changes: Any) -> QuantizedTensor:
@@ -198,12 +198,19 @@ class QuantizedTensor(torch.Tensor):
 
 WAYS_OUT = (
     "keep the adapter unmerged, merge into a dense model (lorakit merge, or a base loaded with quantize 'none'), "
-    "which is exactly what was trained; rewriting the base in its own format is not in this version"
+    "which is exactly what was trained; or rewrite a GGUF file in its own formats (lorakit merge --requantize), with "
+    "what is lost in them"
 )
 """What can be done where a quantised weight would have to change."""
 
 
-def quantised(matrix: torch.Tensor, format: Format, dtype: torch.dtype, where: str = "weight") -> QuantizedTensor:
+def quantised(
+    matrix: torch.Tensor,
+    format: Format,
+    dtype: torch.dtype,
+    where: str = "weight",
+    draws: torch.Generator | None = None,
+) -> QuantizedTensor:
     """Store a matrix, some rows at a time.
 
     Args:
@@ -211,6 +218,7 @@ def quantised(matrix: torch.Tensor, format: Format, dtype: torch.dtype, where: s
         format: how.
         dtype: to compute in.
         where: named in errors.
+        draws: as in `Format.quantise`.
 
     Raises:
         ModelError: a number is not finite.
@@ -219,7 +227,7 @@ def quantised(matrix: torch.Tensor, format: Format, dtype: torch.dtype, where: s
     for rows in torch.split(matrix, max(1, AT_ONCE // 8 // matrix.shape[1])):  # quantising takes several times as much
         if not torch.isfinite(rows).all():
             raise ModelError(f"{where}: holds NaN or infinity, which {format.name} cannot store")
-        pieces.append(format.quantise(rows))
+        pieces.append(format.quantise(rows, draws))
     parts = tuple(torch.cat(part) for part in zip(*pieces, strict=True))
     return QuantizedTensor.of(format, parts, matrix.shape[1], dtype)
 

@@ -14,10 +14,12 @@ from torch import nn
 from lorakit.adapter import fingerprint, folding
 from lorakit.adapter.config import LoRAConfig
 from lorakit.adapter.folding import FoldReport
+from lorakit.adapter.invocations import Watch
 from lorakit.adapter.resident import Resident, Update, updates_for
 from lorakit.adapter.starts import Starts
 from lorakit.adapter.updates import mixin_for
 from lorakit.adapter.value import Adapter, BaseInfo
+from lorakit.core.activated import Invocation
 from lorakit.core.active import NOTHING, ActiveState, Route, Selection
 from lorakit.core.deltas import StackedUpdate
 from lorakit.core.layer import AdaptedModule, base_modules, base_parameters, batch_dim, fuse_again, unfuse
@@ -74,6 +76,12 @@ def adapters(model: nn.Module) -> AttachedAdapters:
     return cast("AttachedAdapters", handle)
 
 
+def invocations_of(model: nn.Module) -> tuple[Invocation, ...]:
+    """Those of a model's activated adapters (aLoRA)."""
+    handle = model.__dict__.get(_HANDLE)
+    return () if handle is None else tuple(handle._watch.invocations.values())
+
+
 @contextlib.contextmanager
 def base_only(model: nn.Module) -> Iterator[None]:
     """Within the block `model` is its base, whether it has adapters or not."""
@@ -102,6 +110,7 @@ class AttachedAdapters:
         self._base_flags: list[tuple[nn.Parameter, bool]] = []
         self._unfused: list[tuple[nn.Module, str, Any]] = []
         self._base_info: BaseInfo | None = None
+        self._watch = Watch()
 
     def __repr__(self) -> str:
         return f"AttachedAdapters({type(self.model).__name__}, names={list(self.names)}, active={self.active})"
@@ -306,12 +315,15 @@ class AttachedAdapters:
         self._slots += 1
         self._put(resident, updates, modules, trainable=fresh if trainable is None else trainable)
         self._residents[name] = resident
+        if (invocation := resident.invocation) is not None:
+            self._watch.take(self.model, resident.slot, invocation)
         if before is not None:
             chosen = self._state.everywhere.weights
             self._state.everywhere = Selection(
                 tuple((resident.slot if slot == before.slot else slot, weight) for slot, weight in chosen)
             )
             before.take_out()
+            self._watch.leave(before.slot)
 
     def load(
         self,
@@ -339,6 +351,7 @@ class AttachedAdapters:
         self._state.everywhere = Selection(tuple((slot, w) for slot, w in chosen if slot != resident.slot))
         del self._residents[name]
         resident.take_out()
+        self._watch.leave(resident.slot)
         if not self._residents:
             fuse_again(self._unfused)
 

@@ -251,6 +251,8 @@ class Adapter:
         for path in sorted(self.factors):
             f = self.factors[path]
             hasher.update(f"{path}|{f.kind}|{lowrank.scale(f.alpha, f.r, self.config.scaling)!r}\n".encode())
+        if self.config.alora_invocation_tokens:
+            hasher.update(f"from {list(self.config.alora_invocation_tokens)} on\n".encode())
         if self.tokens:
             hasher.update(f"{list(self.config.trainable_tokens)}\n".encode())
         for name, tensor in sorted(self.tensors().items()):

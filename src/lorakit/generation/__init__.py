@@ -14,6 +14,8 @@ from typing import Any
 import torch
 
 from lorakit import models
+from lorakit.adapter.attach import invocations_of
+from lorakit.adapter.invocations import begun_by
 from lorakit.errors import ConfigError
 from lorakit.generation.sampling import RowSampler
 
@@ -165,7 +167,8 @@ def _decode(
             pad_token_id=pad,
             return_dict_in_generate=True,
         )
-        with torch.inference_mode(), _own_settings(model, settings):
+        of_rows = begun_by(invocations_of(model), [prompts[row] for row in rows.tolist()], longest)
+        with torch.inference_mode(), _own_settings(model, settings), of_rows:
             output = model.generate(
                 ids,
                 attention_mask=mask,

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from lorakit.adapter.attach import invocations_of
 from lorakit.data.batches import collate, plan_steps
 from lorakit.data.chat import Example
 from lorakit.errors import NonFiniteLossError, RunError, bullet_list
@@ -302,7 +303,7 @@ def accumulate(
     model.train()
     try:
         for number, indices in enumerate(micro_batches):
-            batch = collate(examples, indices, share=share).to(device)
+            batch = collate(examples, indices, share=share, invocations=invocations_of(model)).to(device)
             with seeded(device, seed, step, number):
                 loss_sum = Predictions.of(model, batch).loss_sum()
                 torch.autograd.backward(scaler.scale(loss_sum / labelled))

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from lorakit.adapter.attach import invocations_of
 from lorakit.core import cross_entropy
 from lorakit.data.batches import Batch, collate, plan_evaluation
 from lorakit.data.chat import Example
@@ -110,7 +111,7 @@ def _evaluated(
         lengths = [len(example.ids) for example in examples]
         with fused(model), packed_attention(model, max(lengths)) as packs:
             for indices in plan_evaluation(lengths, micro_batch_tokens=micro_batch_tokens):
-                batch = collate(examples, indices, share=packs).to(device)
+                batch = collate(examples, indices, share=packs, invocations=invocations_of(model)).to(device)
                 yield batch, Predictions.of(model, batch).token_losses()
     finally:
         model.train(was_training)

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 
 from lorakit import machine
-from lorakit.adapter.attach import attach
+from lorakit.adapter.attach import attach, invocations_of
+from lorakit.core.activated import checkpoint_contexts
 from lorakit.data.batches import Batch, collate, plan_evaluation
 from lorakit.data.chat import Example
 from lorakit.errors import ModelError
@@ -165,7 +166,7 @@ class Planner:
         """What the run will take, and settings with which it takes at most `limit` bytes."""
         steps = Plan.of(self.config, self.train)
         memory = self.asked()
-        batches = [collate(self.train, rows, share=self.share) for rows in _spread(steps)]
+        batches = [self._collated(self.train, rows) for rows in _spread(steps)]
         read = sum(len(batch.ids) for batch in batches)
         return RunPlan(
             parameters=self.parameters,
@@ -240,12 +241,15 @@ class Planner:
         groups = plan_evaluation(lengths, micro_batch_tokens=micro_batch_tokens)
         heaviest = max(groups, key=lambda rows: sum(lengths[row] for row in rows))
         with _tracing(self.model):
-            return trace_evaluation(self.model, collate(self.valid, heaviest, share=self.share))
+            return trace_evaluation(self.model, self._collated(self.valid, heaviest))
+
+    def _collated(self, examples: Sequence[Example], rows: Sequence[int]) -> Batch:
+        return collate(examples, rows, share=self.share, invocations=invocations_of(self.model))
 
     def _heaviest(self, groups: Sequence[Sequence[int]]) -> Batch:
         """Of micro-batches, the one of which most goes through the model."""
         by_length = sorted(groups, key=lambda rows: -sum(len(self.train[row].ids) for row in rows))
-        batches = [collate(self.train, rows, share=self.share) for rows in by_length[:_MOST_COLLATED]]
+        batches = [self._collated(self.train, rows) for rows in by_length[:_MOST_COLLATED]]
         return max(batches, key=lambda batch: len(batch.ids))
 
 
@@ -262,7 +266,7 @@ def checkpoint_activations(model: Any, *, on: bool) -> None:
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     disable = getattr(model, "activation_checkpointing_disable", None) or model.gradient_checkpointing_disable
     if on:
-        enable({"use_reentrant": False})
+        enable({"use_reentrant": False, "context_fn": checkpoint_contexts})
     elif any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
         disable()
 

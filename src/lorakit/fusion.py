@@ -20,7 +20,7 @@ from torch import nn
 from transformers.activations import SiLUActivation
 from transformers.models.llama import modeling_llama as llama
 
-from lorakit.core import kernels
+from lorakit.core import activated, kernels
 from lorakit.core.layer import AdaptedLayer
 from lorakit.core.shared import share
 
@@ -154,7 +154,8 @@ def _last_layer(module: Any, hidden_states: torch.Tensor, **kwargs: Any) -> torc
     hidden_states = hidden_states + attended
     if keep is not None:
         hidden_states = hidden_states[:, keep]
-    output: torch.Tensor = hidden_states + module.mlp(module.post_attention_layernorm(hidden_states))
+    with contextlib.nullcontext() if keep is None else activated.kept(keep):
+        output: torch.Tensor = hidden_states + module.mlp(module.post_attention_layernorm(hidden_states))
     return output
 
 

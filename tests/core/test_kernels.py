@@ -59,6 +59,26 @@ def test_gradients_are_the_derivatives(bias):
     assert torch.autograd.gradcheck(lambda x, A, B: lora_linear(x, LoRAOperands(W, b, A, B, 0.7)), (x, A, B))
 
 
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_mask_leaves_tokens_without_update(bias):
+    x, W, b, A, B = operands(bias=bias)
+    mask = torch.tensor([[0, 0, 1, 1, 1], [0, 0, 0, 0, 1]]).unsqueeze(-1).double()
+    layer = LoRAOperands(W, b, A, B, 0.7, mask=mask)
+    other = LoRAOperands(W, b, B.new_ones(2, 7, requires_grad=True), B.new_ones(6, 2, requires_grad=True), -0.5)
+    y, beside = lora_linears(x, [layer, other])
+    torch.testing.assert_close(y, lora_linear_reference(x, layer))
+    torch.testing.assert_close(beside, lora_linear_reference(x, other))
+    torch.testing.assert_close(y[0, :2], torch.nn.functional.linear(x[0, :2], W, b))
+    with torch.no_grad():
+        torch.testing.assert_close(lora_linear(x, layer), y)
+    tensors = (x, A, B, other.A, other.B)
+    fast = torch.autograd.grad(y.sin().sum() + beside.sin().sum(), tensors)
+    plain = lora_linear_reference(x, layer).sin().sum() + lora_linear_reference(x, other).sin().sum()
+    for one, expected in zip(fast, torch.autograd.grad(plain, tensors), strict=True):
+        torch.testing.assert_close(one, expected)
+    assert torch.autograd.gradcheck(lambda x, A, B: lora_linear(x, LoRAOperands(W, b, A, B, 0.7, mask=mask)), (x, A, B))
+
+
 def test_a_second_derivative_is_refused_and_not_wrong():
     x, W, b, A, B = operands()
     (gradient,) = torch.autograd.grad(lora_linear(x, LoRAOperands(W, b, A, B, 0.7)).sin().sum(), B, create_graph=True)

@@ -15,11 +15,13 @@ from lorakit.adapter import fingerprint, folding
 from lorakit.adapter.config import LoRAConfig
 from lorakit.adapter.entering import Prompts
 from lorakit.adapter.folding import FoldReport
+from lorakit.adapter.invocations import Watch
 from lorakit.adapter.prompt_config import PromptConfig
 from lorakit.adapter.resident import Asked, Resident, Update, updates_for
 from lorakit.adapter.starts import Starts
 from lorakit.adapter.updates import mixin_for
 from lorakit.adapter.value import NO_LAYERS, Adapter, BaseInfo
+from lorakit.core.activated import Invocation
 from lorakit.core.active import NOTHING, ActiveState, Route, Selection
 from lorakit.core.deltas import StackedUpdate
 from lorakit.core.layer import AdaptedModule, base_modules, base_parameters, batch_dim, fuse_again, unfuse
@@ -80,6 +82,12 @@ def adapters(model: nn.Module) -> AttachedAdapters:
     if handle is None:
         raise AdapterError(f"this {type(model).__name__} has no adapters; lorakit.attach(model, config) gives it one")
     return handle
+
+
+def invocations_of(model: nn.Module) -> tuple[Invocation, ...]:
+    """Those of a model's activated adapters (aLoRA)."""
+    handle = _handle_of(model)
+    return () if handle is None else tuple(handle._watch.invocations.values())
 
 
 @contextlib.contextmanager
@@ -183,6 +191,7 @@ class AttachedAdapters:
         self._base_flags: list[tuple[nn.Parameter, bool]] = []
         self._unfused: list[tuple[nn.Module, str, Any]] = []
         self._base_info: BaseInfo | None = None
+        self._watch = Watch()
 
     def __repr__(self) -> str:
         return f"AttachedAdapters({type(self.model).__name__}, names={list(self.names)}, active={self.active})"
@@ -439,12 +448,20 @@ class AttachedAdapters:
             raise AdapterError(
                 f"{name!r}: nothing is to be trained: target_modules is none, and there is no soft prompt"
             )
+        if (asked or self.prompts) and (config.alora_invocation_tokens or self._watch.invocations):
+            raise AdapterError(
+                f"{name!r}: a soft prompt and an activated adapter (aLoRA) do not go into one model: its invocation is "
+                "sought among the tokens of rows, and keys and values of a prefix are of none; remove the other one "
+                "first"
+            )
         before = self._residents.get(name)
         self._freeze_base()
         resident = Resident(config, str(self._slots), kinds, None if asked is None else asked.config)
         self._slots += 1
         self._put(resident, updates, modules, trainable=fresh if trainable is None else trainable)
         self._residents[name] = resident
+        if (invocation := resident.invocation) is not None:
+            self._watch.take(self.model, resident.slot, invocation)
         if asked is not None and resident.prompt is not None:
             self.prompts.add(resident.slot, resident.prompt, asked.place.vocabulary)
         if before is not None:
@@ -574,6 +591,7 @@ class AttachedAdapters:
 
     def _take_out(self, resident: Resident) -> None:
         self.prompts.remove(resident.slot)
+        self._watch.leave(resident.slot)
         resident.take_out()
 
     def _refuse_sum_of_prompts(self, selection: Selection) -> None:

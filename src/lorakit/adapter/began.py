@@ -50,6 +50,11 @@ def residual_form(adapter: Adapter) -> tuple[Adapter, Adapter]:
             "the residual form halves the rank; these ranks are odd, so this adapter did not begin as a part of its "
             f"base's weight:\n{bullet_list(odd)}"
         )
+    if adapter.config.alora_invocation_tokens:
+        raise AdapterError(
+            "the residual form is on another base, which this activated adapter (aLoRA) would leave as it is for the "
+            "tokens before its invocation"
+        )
     if adapter.config.delta != "lora":
         raise AdapterError(
             f"the residual form is of updates s B A; this adapter's are {adapter.config.delta!r}, which depend on the "

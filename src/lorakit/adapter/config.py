@@ -149,6 +149,11 @@ class LoRAConfig(Config):
     """Token ids whose rows of the input embedding are trained whole (and, where the head is tied to it, of the head):
     for new tokens, at n x d parameters instead of the whole embedding's."""
 
+    alora_invocation_tokens: Annotated[tuple[int, ...], _NONE_IS_EMPTY] = ()
+    """Activated LoRA (arXiv 2504.12397): token ids with which the adapter is invoked. It counts in each row from the
+    start of their last occurrence on; before, and in rows without, there is the base alone, whose keys and values can
+    be shared. For layers that multiply each token by a matrix, the output head not among them; not to be merged."""
+
     @property
     def from_start(self) -> bool:
         """Whether the update counts from where A and B begin, a part of the base's weight."""
@@ -200,6 +205,20 @@ class LoRAConfig(Config):
             found.append(
                 "lora_bias: not with delta 'dora', where it would be scaled with the rows (PEFT has no such file)"
             )
+        if any(token < 0 for token in self.alora_invocation_tokens):
+            found.append(f"alora_invocation_tokens: must be token ids (got {min(self.alora_invocation_tokens)})")
+        if self.alora_invocation_tokens:
+            for_all = {
+                "delta dora": self.delta == "dora",
+                "bias": self.bias != "none",
+                "modules_to_save": bool(self.modules_to_save),
+                "trainable_tokens": bool(self.trainable_tokens),
+            }
+            found += [
+                f"alora_invocation_tokens: not with {name}, which would change the tokens before the invocation too"
+                for name, given in for_all.items()
+                if given
+            ]
         if self.layers is not None and (not self.layers or min(self.layers) < 0):
             found.append(f"layers: must be layer numbers from 0 (got {list(self.layers)})")
         return found

@@ -51,6 +51,9 @@ class Prompts:
     def __contains__(self, slot: str) -> bool:
         return slot in self._by_slot
 
+    def __len__(self) -> int:
+        return len(self._by_slot)
+
     @property
     def in_use(self) -> bool:
         """Whether any row has one."""

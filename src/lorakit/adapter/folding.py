@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from lorakit.adapter.updates import seeded
+from lorakit.core.activated import ActivatedLoRA
 from lorakit.core.active import Selection
 from lorakit.core.attention import AdaptedAttention
 from lorakit.core.deltas import LayerUpdate, Replacement, StackedUpdate
@@ -114,6 +115,7 @@ def folded_parameters(
     Raises:
         AdapterError: as `require_biases`, or an update that cannot be folded in.
     """
+    refuse_activated(modules, selection)
     require_biases(modules, selection)
     for path, module in modules.items():
         for owner, update in _updates(path, module, selection):
@@ -370,6 +372,21 @@ def require_dense(modules: Mapping[str, AdaptedModule], selection: Selection) ->
         f"{len(quantised)} of the weights to change are quantised ({', '.join(sorted({*quantised.values()}))}); "
         f"{survived}. Ways out: {WAYS_OUT}"
     )
+
+
+def refuse_activated(modules: Mapping[str, AdaptedModule], selection: Selection) -> None:
+    """Refuse to fold in what counts for some tokens alone.
+
+    Raises:
+        AdapterError: it does.
+    """
+    for module in modules.values():
+        for update, _ in module.active_updates(selection):
+            if isinstance(update, LayerUpdate) and isinstance(update.lora, ActivatedLoRA):
+                raise AdapterError(
+                    "cannot be merged: an activated adapter (aLoRA) counts from its invocation "
+                    f"{list(update.lora.invocation.tokens)} on alone, which no weights do; keep it unmerged"
+                )
 
 
 def require_biases(modules: Mapping[str, AdaptedModule], selection: Selection) -> None:

@@ -28,6 +28,7 @@ from lorakit.adapter.updates import (
     seeded,
 )
 from lorakit.adapter.value import Adapter, BaseInfo, Factors
+from lorakit.core.activated import ActivatedLoRA, Invocation
 from lorakit.core.active import ActiveState
 from lorakit.core.attention import AdaptedAttention
 from lorakit.core.deltas import LayerUpdate, LoRA, Replacement, StackedUpdate, trainable
@@ -226,6 +227,12 @@ class Resident:
         """(path of what holds it, it)."""
         held = ((path, update.prompt) for path, update in self.updates() if isinstance(update, LayerUpdate))
         return next((each for each in held if each[1] is not None), ("", None))
+
+    @property
+    def invocation(self) -> Invocation | None:
+        """That of an activated adapter."""
+        found = (lora.invocation for _, lora in self._loras() if isinstance(lora, ActivatedLoRA))
+        return next(found, None)
 
     def fixed_tensors(self) -> dict[str, torch.Tensor]:
         """What its update is computed from and is not trained, by stable names: where A and B began, if it counts from

@@ -17,7 +17,7 @@ from lorakit.adapter.patterns import ends, matching
 from lorakit.adapter.value import TAKES_BIAS, TAKES_MAGNITUDE
 from lorakit.core import experts
 from lorakit.core.attention import AdaptedAttention, is_output_projection
-from lorakit.core.layer import AdaptedLayer, base_modules, bias_dim, bias_name
+from lorakit.core.layer import AdaptedLayer, base_modules, batch_dim_inside, bias_dim, bias_name
 from lorakit.core.sites import Site, is_attention, site_of
 from lorakit.errors import TargetError, bullet_list, nearest
 
@@ -122,6 +122,8 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> Targets:
                 "or choose delta='lora'"
             )
         layers.append(Target(path, module, site, int(ranks.get(known, config.r)), alphas.get(also, config.alpha)))
+    if config.alora_invocation_tokens:
+        problems += _not_token_by_token(model, layers, candidates)
     folded = [path for path in stacks if path in chosen and not experts.keeps_contract(module_at(path, candidates))]
     if folded and config.dropout:
         problems.append(f"dropout: {folded[0]} cannot have any, as its update is folded into it")
@@ -143,6 +145,28 @@ def input_embedding(model: nn.Module) -> nn.Module | None:
     """The table that token ids are looked up in, if the model names one."""
     getter = getattr(model, "get_input_embeddings", None)
     return getter() if callable(getter) else None
+
+
+def _not_token_by_token(model: nn.Module, layers: Sequence[Target], modules: Mapping[str, nn.Module]) -> list[str]:
+    """Layers that an activated adapter cannot be in: what they are given does not show which token is which."""
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return ["alora_invocation_tokens: an encoder and a decoder have tokens of their own; for one stack alone"]
+    head = presets.output_head(model)
+    of_experts = set(presets.members(model, modules)["experts"])
+    problems = []
+    for target in layers:
+        if target.site.kind != "matrix":
+            why = "is no layer that multiplies each token by a matrix"
+        elif target.module is head:
+            why = "is the output head, which is not given every token"
+        elif target.path in of_experts:
+            why = "is in an expert, which is given some tokens alone"
+        elif batch_dim_inside(modules.get(target.path.rpartition(".")[0])) == 1:
+            why = "is given sequences first"
+        else:
+            continue
+        problems.append(f"alora_invocation_tokens: {target.path} {why}; leave it out by exclude_modules")
+    return problems
 
 
 def module_at(path: str, modules: Mapping[str, nn.Module]) -> nn.Module:

@@ -41,6 +41,10 @@ def refuse_strangers(adapters: Sequence[Adapter], *, check_base: bool) -> None:
             problems += [f"adapters 1 and {number}: {difference}" for difference in _other_base(first, adapter)]
     if problems:
         problems.append("pass check_base=False if only the bases' values are known to differ")
+    if len({adapter.config.alora_invocation_tokens for adapter in adapters}) > 1:
+        problems.append(
+            "alora_invocation_tokens differ, so they count for other tokens: activate the adapters together instead"
+        )
     shapes: dict[str, tuple[int, str]] = {}
     for number, adapter in enumerate(adapters, 1):
         for path, f in adapter.factors.items():

@@ -14,6 +14,7 @@ from lorakit.adapter.config import FROM_DATA, LoRAConfig
 from lorakit.adapter.targets import Target, Targets, readers
 from lorakit.adapter.value import Adapter
 from lorakit.core import initializers, lowrank
+from lorakit.core.activated import ActivatedLoRA, Invocation
 from lorakit.core.attention import AdaptedAttention
 from lorakit.core.deltas import LayerUpdate, LoRA, Replacement, StackedUpdate, TokenRows
 from lorakit.core.dora import DoRA, row_norms
@@ -82,7 +83,10 @@ def fresh_updates(
         ConfigError: the init is not for these layers.
     """
     known = inits or {}
-    loras = {target.path: _fresh_lora(config, target, seed, known.get(target.path)) for target in targets.layers}
+    invocation = _invocation(config)
+    loras = {
+        target.path: _fresh_lora(config, target, seed, known.get(target.path), invocation) for target in targets.layers
+    }
     tokens = None
     if targets.tokens:
         indices = torch.tensor(config.trainable_tokens)
@@ -98,7 +102,14 @@ def _update(
     return LayerUpdate(lora, bias, tokens if path in targets.tokens else None, lent=path in targets.tokens[1:])
 
 
-def _fresh_lora(config: LoRAConfig, target: Target, seed: int, init: Init | None) -> LoRA:
+def _invocation(config: LoRAConfig) -> Invocation | None:
+    """One object for all layers of an activated adapter."""
+    return Invocation(config.alora_invocation_tokens) if config.alora_invocation_tokens else None
+
+
+def _fresh_lora(
+    config: LoRAConfig, target: Target, seed: int, init: Init | None, invocation: Invocation | None
+) -> LoRA:
     stored = base_weight_of(target.module, target.path, target.site.weight_name)
     generator = seeded(seed, target.path)
     if init is None:
@@ -120,7 +131,7 @@ def _fresh_lora(config: LoRAConfig, target: Target, seed: int, init: Init | None
             magnitude = torch.ones(len(weight))
         else:
             magnitude = row_norms(weight, init.A.to(weight.device), B.to(weight.device), s).float()
-    return _lora(config, target, init, bias, magnitude)
+    return _lora(config, target, init, invocation, bias, magnitude)
 
 
 def beginning(config: LoRAConfig, target: Target, weight: torch.Tensor, generator: torch.Generator) -> Init:
@@ -167,6 +178,7 @@ def _lora(
     config: LoRAConfig,
     target: Target,
     init: Init,
+    invocation: Invocation | None,
     bias: torch.Tensor | None = None,
     magnitude: torch.Tensor | None = None,
 ) -> LoRA:
@@ -180,18 +192,20 @@ def _lora(
     }
     if magnitude is not None:
         return DoRA(init.A, init.B, magnitude, **settings)
+    if invocation is not None:
+        return ActivatedLoRA(init.A, init.B, invocation, bias=bias, **settings)
     return LoRA(init.A, init.B, bias=bias, **settings)
 
 
 def loaded_updates(adapter: Adapter, targets: Targets) -> Iterator[tuple[str, LayerUpdate]]:
     """Updates from a value that was checked against the targets; copies, so that the value stays one."""
-    loras = {}
+    loras, invocation = {}, _invocation(adapter.config)
     for target in targets.layers:
         f = adapter.factors[target.path]
         own = {name: tensor.detach().clone() for name, tensor in f.tensors().items()}
         as_target = replace(target, r=f.r, alpha=f.alpha)
         loras[target.path] = _lora(
-            adapter.config, as_target, Init(own["A"], own["B"]), own.get("B.bias"), own.get("magnitude")
+            adapter.config, as_target, Init(own["A"], own["B"]), invocation, own.get("B.bias"), own.get("magnitude")
         )
     tokens = None
     if targets.tokens:

@@ -295,6 +295,8 @@ class Adapter:
         for path in sorted(self.factors):
             f = self.factors[path]
             hasher.update(f"{path}|{f.kind}|{lowrank.scale(f.alpha, f.r, self.config.scaling)!r}\n".encode())
+        if self.config.alora_invocation_tokens:
+            hasher.update(f"from {list(self.config.alora_invocation_tokens)} on\n".encode())
         if self.tokens:
             hasher.update(f"{list(self.config.trainable_tokens)}\n".encode())
         if self.prompt is not None:

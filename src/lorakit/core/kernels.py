@@ -18,7 +18,7 @@ from lorakit.core.int8 import Int8Weight
 
 class _LoRALinears(torch.autograd.Function):
     """y_i = x W_i^T + b_i + s_i (x A_i^T) B_i^T for layers given the same x, with W and b frozen; A and B may be wider
-    in dtype than x.
+    in dtype than x. With a mask, (T, 1), its tokens alone have the update: m * (x A^T) goes on in place of x A^T.
 
     Against autograd's own graph: x is saved once and in its own dtype (no fp32 copy), and not at all where no A is
     trained, the rank-r products are added in place to the big ones, and all A_i meet x (and its gradient) as one
@@ -27,14 +27,20 @@ class _LoRALinears(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, scales: tuple[float, ...], copies: products.Copies, *tensors: Any
+        ctx: Any,
+        x: torch.Tensor,
+        scales: tuple[float, ...],
+        copies: products.Copies,
+        masks: tuple[torch.Tensor | None, ...],
+        *tensors: Any,
     ) -> tuple[torch.Tensor, ...]:
         W, b, A, B = (tensors[i::4] for i in range(4))  # b's may be None
         h = x @ _stacked(A, x.dtype).T  # (T, R), R the sum of ranks
-        keeps_x = any(ctx.needs_input_grad[5::4])  # for the gradient of A alone
-        ctx.save_for_backward(x if keeps_x else None, h, *W, *A, *B)
-        ctx.scales, ctx.copies = scales, copies
         ranks = [len(A_i) for A_i in A]
+        _mask(torch.split(h, ranks, dim=1), masks)
+        keeps_x = any(ctx.needs_input_grad[6::4])  # for the gradient of A alone
+        ctx.save_for_backward(x if keeps_x else None, h, *W, *A, *B)
+        ctx.scales, ctx.copies, ctx.masks = scales, copies, masks
         outputs = products.forwards(x, W, b, copies)
         return tuple(
             y_i.addmm_(h_i, B_i.to(x.dtype).T, alpha=s)  # (T, out_i)
@@ -49,20 +55,27 @@ class _LoRALinears(torch.autograd.Function):
         W, A, B = rest[:n], rest[n : 2 * n], rest[2 * n :]
         ranks = [len(A_i) for A_i in A]
         parts = [(g @ B_i.to(h.dtype)).mul_(s) for g, B_i, s in zip(grad_outputs, B, ctx.scales, strict=True)]
+        _mask(parts, ctx.masks)
         g_h = parts[0] if n == 1 else torch.cat(parts, dim=1)  # (T, R), the gradient of h
         grad_x = grad_A = None
         if ctx.needs_input_grad[0]:
             grad_x = products.backwards(grad_outputs, W, ctx.copies)
             grad_x.addmm_(g_h, _stacked(A, h.dtype))
-        if any(ctx.needs_input_grad[5::4]):
+        if any(ctx.needs_input_grad[6::4]):
             grad_A = torch.split(g_h.T @ x, ranks)
-        grads: list[torch.Tensor | None] = [grad_x, None, None]
+        grads: list[torch.Tensor | None] = [grad_x, None, None, None]
         for i, (g, h_i, s) in enumerate(zip(grad_outputs, torch.split(h, ranks, dim=1), ctx.scales, strict=True)):
-            needs_A, needs_B = ctx.needs_input_grad[5 + 4 * i : 7 + 4 * i]
+            needs_A, needs_B = ctx.needs_input_grad[6 + 4 * i : 8 + 4 * i]
             grads += [None, None, grad_A[i].to(A[i].dtype) if needs_A and grad_A is not None else None]
             # a thin left factor: half the time of g.T @ h
             grads.append((h_i.T @ g).mul_(s).to(B[i].dtype).T if needs_B else None)
         return tuple(grads)
+
+
+def _mask(parts: Sequence[torch.Tensor], masks: Sequence[torch.Tensor | None]) -> None:
+    for part, mask in zip(parts, masks, strict=True):
+        if mask is not None:
+            part.mul_(mask)
 
 
 def _stacked(A: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
@@ -81,6 +94,7 @@ class LoRAOperands(NamedTuple):
         s: scale.
         gain: (out,), any floating dtype, may have a gradient; None: 1.
         copy: of W in integers, by which it multiplies; None: exactly.
+        mask: (..., 1) of x's dtype, 1 for tokens that have the update and 0 for the others; None: all have it.
     """
 
     W: torch.Tensor
@@ -90,6 +104,12 @@ class LoRAOperands(NamedTuple):
     s: float
     gain: torch.Tensor | None = None
     copy: Int8Weight | None = None
+    mask: torch.Tensor | None = None
+
+    @property
+    def flat_mask(self) -> torch.Tensor | None:
+        """The mask for tokens in one line, (T, 1)."""
+        return None if self.mask is None else self.mask.reshape(-1, 1)
 
     @property
     def inner_bias(self) -> torch.Tensor | None:
@@ -116,8 +136,9 @@ def lora_linears(x: torch.Tensor, layers: Sequence[LoRAOperands]) -> tuple[torch
     """
     flat = x.reshape(-1, x.shape[-1])
     scales, copies = tuple(layer.s for layer in layers), tuple(layer.copy for layer in layers)
+    masks = tuple(layer.flat_mask for layer in layers)
     tensors = [tensor for layer in layers for tensor in (layer.W, layer.inner_bias, layer.A, layer.B)]
-    results: tuple[torch.Tensor, ...] = _LoRALinears.apply(flat, scales, copies, *tensors)  # type: ignore[no-untyped-call]
+    results: tuple[torch.Tensor, ...] = _LoRALinears.apply(flat, scales, copies, masks, *tensors)  # type: ignore[no-untyped-call]
     return tuple(layer.finished(y).view(*x.shape[:-1], -1) for layer, y in zip(layers, results, strict=True))
 
 
@@ -134,6 +155,7 @@ def lora_linear(x: torch.Tensor, layer: LoRAOperands) -> torch.Tensor:
     if not torch.is_grad_enabled():  # calling the function costs more than the products of a single token
         flat = x.reshape(-1, x.shape[-1])
         h = flat @ layer.A.to(x.dtype).T
+        _mask([h], [layer.flat_mask])
         (y,) = products.forwards(flat, [layer.W], [layer.inner_bias], [layer.copy])
         return layer.finished(y.addmm_(h, layer.B.to(x.dtype).T, alpha=layer.s)).view(*x.shape[:-1], -1)
     return lora_linears(x, [layer])[0]
@@ -141,8 +163,9 @@ def lora_linear(x: torch.Tensor, layer: LoRAOperands) -> torch.Tensor:
 
 def lora_linear_reference(x: torch.Tensor, layer: LoRAOperands) -> torch.Tensor:
     """What `lora_linear` computes with an exact product, by autograd."""
-    W, b, A, B, s, gain, _ = layer
-    y = F.linear(x, W) + F.linear(F.linear(x, A.to(x.dtype)), B.to(x.dtype)) * s
+    W, b, A, B, s, gain, _, mask = layer
+    update = F.linear(F.linear(x, A.to(x.dtype)), B.to(x.dtype)) * s
+    y = F.linear(x, W) + (update if mask is None else update * mask)
     y = y if gain is None else y * gain.to(x.dtype)
     return y if b is None else y + b
 

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from lorakit.core import kernels, products
+from lorakit.core.activated import of_rows
 from lorakit.core.active import ActiveState, Route, Rows, Selection
 from lorakit.core.deltas import LayerUpdate, Replacement, call_replaced
 from lorakit.core.int8 import Int8Weight
@@ -141,7 +142,9 @@ class AdaptedLayer(AdaptedModule):
         for update, rows in routed:
             # added to in place below, where a gradient may need what it was
             own = y[rows].clone() if torch.is_grad_enabled() else y[rows]
-            for change in self._changes(update, x[rows], own):
+            with of_rows(update.lora, rows, len(x)):
+                changes = list(self._changes(update, x[rows], own))
+            for change in changes:
                 if isinstance(rows, slice):
                     y.narrow(0, rows.start, rows.stop - rows.start).add_(change)
                 else:

@@ -10,7 +10,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from lorakit.adapter.invocations import start_in
+
 if TYPE_CHECKING:
+    from lorakit.core.activated import Invocation
     from lorakit.data.chat import Example
 
 
@@ -87,7 +90,12 @@ def row_places(lengths: Sequence[int], forks: Sequence[int]) -> list[torch.Tenso
 
 
 def collate(
-    examples: Sequence[Example], indices: Sequence[int], *, share: bool = False, first: Sequence[int] = ()
+    examples: Sequence[Example],
+    indices: Sequence[int],
+    *,
+    share: bool = False,
+    first: Sequence[int] = (),
+    invocations: Sequence[Invocation] = (),
 ) -> Batch:
     """Lay the examples at `indices` end to end.
 
@@ -102,6 +110,8 @@ def collate(
             are laid in lexical order for it. Exact: causal attention makes a token's activations a function of the
             tokens before it, and their gradient is the sum over the rows that have them.
         first: tokens that stand before every row: the virtual ones of a soft prompt.
+        invocations: of the model's activated adapters (aLoRA): a token that one is for in a row does not stand for a
+            row in which it is not.
     """
     assert all(examples[i].ids and not examples[i].trained[0] for i in indices), "a row is empty or trains its start"
     read = {i: read_ids(examples[i]) for i in indices}
@@ -110,7 +120,7 @@ def collate(
     chosen = [[*first, *read[i]] for i in indices]
     forks = [0] * len(chosen)
     if share:
-        forks[1:] = [_fork(before, row) for before, row in itertools.pairwise(chosen)]
+        forks[1:] = [_fork(before, row, invocations) for before, row in itertools.pairwise(chosen)]
     lengths = tuple(len(row) for row in chosen)
     places = row_places(lengths, forks)
     flags = [torch.tensor(examples[i].trained) for i in indices]
@@ -138,10 +148,16 @@ def read_ids(example: Example) -> list[int]:
     return example.ids[:last]
 
 
-def _fork(before: Sequence[int], row: Sequence[int]) -> int:
-    """How many first tokens a row takes from the one before it; at least one stays its own."""
+def _fork(before: Sequence[int], row: Sequence[int], invocations: Sequence[Invocation]) -> int:
+    """How many first tokens a row takes from the one before it; at least one stays its own, and so do those that an
+    activated adapter is for in one of the two alone.
+    """
     longest = min(len(before), len(row) - 1)
     common = next((i for i in range(longest) if before[i] != row[i]), longest)
+    for invocation in invocations:
+        starts = [common if (start := start_in(ids, invocation.tokens)) is None else start for ids in (before, row)]
+        if min(starts[0], common) != min(starts[1], common):
+            common = min(*starts, common)
     return common if common >= LEAST_SHARED else 0
 
 

@@ -134,8 +134,14 @@ def config_of(
     )
 
 
-def whole_tensors(adapter: Adapter, consumer: str) -> list[str]:
-    """The obstacles of a format that carries low-rank updates and nothing else."""
+def whole_tensors(adapter: Adapter, consumer: str, *, invoked: bool = False) -> list[str]:
+    """The obstacles of a format that carries low-rank updates and nothing else.
+
+    Args:
+        adapter: to be written.
+        consumer: who is to read it.
+        invoked: it knows activated adapters.
+    """
     return [
         *(f"{path}: a trained bias, which {consumer} does not read; train with bias='none'" for path in adapter.biases),
         *(
@@ -143,16 +149,21 @@ def whole_tensors(adapter: Adapter, consumer: str) -> list[str]:
             for name in adapter.replaced
         ),
         *(f"{path}: rows of tokens trained whole, which {consumer} does not read; merge" for path in adapter.tokens),
-        *more_than_low_rank(adapter, consumer),
+        *more_than_low_rank(adapter, consumer, invoked=invoked),
     ]
 
 
-def more_than_low_rank(adapter: Adapter, consumer: str) -> list[str]:
-    """The obstacles of a format whose updates are s B A and nothing else."""
+def more_than_low_rank(adapter: Adapter, consumer: str, *, invoked: bool = False) -> list[str]:
+    """The obstacles of a format whose updates are s B A and nothing else; arguments as `whole_tensors`."""
     if adapter.prompt is not None:
         return [
             f"a soft prompt, {adapter.prompt}, which {consumer} does not read; PEFT's form carries it, and "
             "adapter.without_prompt() is an adapter without it"
+        ]
+    if adapter.config.alora_invocation_tokens and not invoked:
+        return [
+            f"it is activated by tokens {list(adapter.config.alora_invocation_tokens)} (aLoRA), and {consumer} would "
+            "apply it to all; PEFT's folder and GGUF hold such adapters"
         ]
     if adapter.config.delta == "dora":
         return [f"its updates are DoRA's, which {consumer} does not read; merge instead, or train with delta 'lora'"]

@@ -21,6 +21,7 @@ from lorakit.formats.gguf_names import OUTPUT, TOKEN_EMBEDDING, Names, names_of
 
 FILE = "adapter.gguf"
 _HUB = "https://huggingface.co/"
+_INVOCATION = "adapter.alora.invocation_tokens"  # llama.cpp applies the adapter from their last occurrence on
 _A, _B = ".weight.lora_a", ".weight.lora_b"
 
 
@@ -37,7 +38,7 @@ def recognises(path: Path) -> bool:
 
 def obstacles(adapter: Adapter, context: Context) -> list[str]:
     """Biases and modules, layers that llama.cpp has not or in another form, and an unknown base."""
-    problems = whole_tensors(adapter, "llama.cpp") + plain_layers(adapter, "llama.cpp")
+    problems = whole_tensors(adapter, "llama.cpp", invoked=True) + plain_layers(adapter, "llama.cpp")
     try:
         names = names_of(context.base)
     except AdapterFileError as error:
@@ -79,13 +80,15 @@ def write(adapter: Adapter, path: Path, context: Context) -> Path:
             B = _interleaved(B, names.heads[name])
         tensors |= {f"{name}{_A}": A.T if name == TOKEN_EMBEDDING else A, f"{name}{_B}": B}
     ranks = {f.r for f in folded.factors.values()}
-    metadata: dict[str, str | int | float] = {
+    invocation = list(adapter.config.alora_invocation_tokens)
+    metadata: dict[str, str | int | float | list[int]] = {
         "general.architecture": names.architecture,
         "general.type": "adapter",
         "general.file_type": 0 if context.tensor_type == "f32" else 1,
         **_base_metadata(adapter.base),
         "adapter.type": "lora",
         "adapter.lora.alpha": float(ranks.pop()) if len(ranks) == 1 else 0.0,
+        **({_INVOCATION: invocation} if invocation else {}),
         "lorakit": our_metadata(adapter),
     }
     file = path if path.suffix == ".gguf" else path / FILE
@@ -150,7 +153,9 @@ def read(path: Path, context: Context) -> Adapter:
     base, extra = read_our_metadata(metadata.get("lorakit"), path)
     base = base or _base_of(metadata)
     assert context.base is not None, "names_of has refused"
-    return Adapter(config=config_of(factors, modules=context.base.modules), factors=factors, base=base, metadata=extra)
+    config = config_of(factors, modules=context.base.modules)
+    config = config.replace(alora_invocation_tokens=metadata.get(_INVOCATION, ()))
+    return Adapter(config=config, factors=factors, base=base, metadata=extra)
 
 
 def _unsupported(metadata: dict[str, object], names: Names) -> list[str]:
@@ -164,7 +169,10 @@ def _unsupported(metadata: dict[str, object], names: Names) -> list[str]:
     if not isinstance(metadata.get("adapter.lora.alpha", 0.0), float):
         problems.append(f"adapter.lora.alpha is {metadata['adapter.lora.alpha']!r}, not a number of type float32")
         metadata["adapter.lora.alpha"] = 0.0
-    known = {"adapter.type", "adapter.lora.alpha"}
+    tokens = metadata.get(_INVOCATION, [])
+    if not isinstance(tokens, list) or not all(isinstance(token, int) and token >= 0 for token in tokens):
+        problems.append(f"{_INVOCATION} is {str(tokens)[:80]}, not a list of token ids")
+    known = {"adapter.type", "adapter.lora.alpha", _INVOCATION}
     problems += [
         f"{key} is {str(value)[:80]}, which this version does not support"
         for key, value in metadata.items()

@@ -37,7 +37,7 @@ _F32, _F16 = 0, 1
 
 def write(
     path: Path,
-    metadata: Mapping[str, str | int | float],
+    metadata: Mapping[str, str | int | float | list[int]],
     tensors: Mapping[str, torch.Tensor],
     tensor_type: Literal["f32", "f16"],
 ) -> None:
@@ -45,7 +45,7 @@ def write(
 
     Args:
         path: the target file.
-        metadata: key -> string, unsigned integer (32 bits) or number (fp32).
+        metadata: key -> string, unsigned integer (32 bits) or a list of such, or number (fp32).
         tensors: name -> tensor of one to four dimensions; in the file the last dimension comes first.
         tensor_type: dtype of storage.
 
@@ -80,7 +80,9 @@ def _string(text: str) -> bytes:
     return struct.pack("<Q", len(data)) + data
 
 
-def _value(value: str | int | float) -> bytes:
+def _value(value: str | int | float | list[int]) -> bytes:
+    if isinstance(value, list):
+        return struct.pack(f"<IIQ{len(value)}I", _ARRAY, _UINT32, len(value), *value)
     if isinstance(value, str):
         return struct.pack("<I", _STRING) + _string(value)
     if isinstance(value, int):

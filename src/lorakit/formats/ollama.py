@@ -11,7 +11,7 @@ from lorakit import files
 from lorakit.adapter.value import Adapter
 from lorakit.errors import AdapterFileError, FileError
 from lorakit.formats import gguf
-from lorakit.formats.codec import Context
+from lorakit.formats.codec import Context, more_than_low_rank
 
 FILE = "Modelfile"
 
@@ -27,7 +27,7 @@ def recognises(path: Path) -> bool:
 
 def obstacles(adapter: Adapter, context: Context) -> list[str]:
     """Those of GGUF, and a base that has no name for Ollama."""
-    problems = gguf.obstacles(adapter, context)
+    problems = gguf.obstacles(adapter, context) + more_than_low_rank(adapter, "Ollama")
     reference = _reference(adapter, context)
     if reference is None:
         known_as = (adapter.base.published or adapter.base.name) if adapter.base else None

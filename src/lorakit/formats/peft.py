@@ -62,7 +62,7 @@ _NEUTRAL = {
 _READ = {
     *("r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "rank_pattern", "alpha_pattern", "bias"),
     *("modules_to_save", "layers_to_transform", "use_rslora", "init_lora_weights", "target_parameters"),
-    *("trainable_token_indices", "lora_bias", "use_dora"),
+    *("trainable_token_indices", "lora_bias", "use_dora", "alora_invocation_tokens"),
 }
 _OFF: tuple[Any, ...] = (None, False, {}, [], "")
 # initialisations that left the base as it was, so that the adapter means the same on it
@@ -185,7 +185,8 @@ def _config_for_peft(adapter: Adapter) -> dict[str, Any]:
         "init_lora_weights": _init_for_peft(config),
         "lora_alpha": int(config.alpha) if config.alpha == int(config.alpha) else config.alpha,
         "lora_dropout": config.dropout,
-        **({"lora_bias": True} if config.lora_bias else {}),  # older PEFTs do not know the key
+        **({"lora_bias": True} if config.lora_bias else {}),  # older PEFTs do not know the key, nor the next one
+        **({"alora_invocation_tokens": invocation} if (invocation := list(config.alora_invocation_tokens)) else {}),
         "modules_to_save": list(config.modules_to_save) or None,
         "peft_type": "LORA",
         "r": config.r,
@@ -360,6 +361,7 @@ def read_config(values: Any, where: Path | str) -> LoRAConfig:
                 modules_to_save=tuple(values.get("modules_to_save") or ()),
                 target_parameters=values.get("target_parameters") or (),
                 trainable_tokens=tuple(tokens),
+                alora_invocation_tokens=tuple(values.get("alora_invocation_tokens") or ()),
             )
         except (ConfigError, TypeError) as error:
             problems.append(str(error))

@@ -15,7 +15,14 @@ from typing import Any
 import torch
 
 from lorakit import machine, models
-from lorakit.adapter.attach import has_prefix, rows_only, virtual_tokens_of_rows, with_virtual_tokens
+from lorakit.adapter.attach import (
+    has_prefix,
+    invocations_of,
+    rows_only,
+    virtual_tokens_of_rows,
+    with_virtual_tokens,
+)
+from lorakit.adapter.invocations import begun_by
 from lorakit.core.unpacked import unpacked
 from lorakit.errors import ConfigError
 from lorakit.generation.sampling import RowSampler
@@ -224,8 +231,10 @@ def _decode(
             pad_token_id=pad,
             return_dict_in_generate=True,
         )
-        on_route = rows_only(model, [numbers[row] for row in rows.tolist()])
-        with torch.inference_mode(), _own_settings(model, settings), on_route:
+        here = [numbers[row] for row in rows.tolist()]
+        on_route = rows_only(model, here)
+        invoked = begun_by(invocations_of(model), [prompts[number] for number in here], longest)
+        with torch.inference_mode(), _own_settings(model, settings), on_route, invoked:
             output = model.generate(
                 ids,
                 attention_mask=mask,

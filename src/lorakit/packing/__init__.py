@@ -24,6 +24,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from lorakit.adapter.attach import soft_prompt_of, without_soft_prompt
+from lorakit.adapter.invocations import laid_out
 from lorakit.core.deltas import LoRA
 from lorakit.data.batches import Batch
 from lorakit.fusion import KEEP, keeps
@@ -195,7 +196,9 @@ def _logits(
     kept = last_layer_keeps or keyword in inspect.signature(model.forward).parameters
     if kept:
         extra = {**extra, keyword: predict}
-    with contextlib.nullcontext() if head is None else left_out(head) as entering:
+    layout = extra.get(LAYOUT)
+    lies = contextlib.nullcontext() if layout is None else laid_out([row.places for row in layout.rows])
+    with lies, contextlib.nullcontext() if head is None else left_out(head) as entering:
         output = model(input_ids=ids[None], position_ids=positions[None], use_cache=False, **extra).logits
     if entering is not None and not entering.came_out(output):
         raise RuntimeError(

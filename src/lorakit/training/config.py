@@ -136,6 +136,10 @@ class TrainConfig(Config):
     """The learning rate of a soft prompt is this many times `learning_rate`. None: 10, as virtual tokens have far to go
     (docs/soft-prompts.md); 1 with an encoder, whose weights have not."""
 
+    invocation: str | None = None
+    """The text with which an activated adapter (aLoRA) is invoked, as it stands in the rows, e.g. the beginning of an
+    assistant's turn; its tokens become the adapter's alora_invocation_tokens."""
+
     init_steps: int = 4
     """For init eva and lora_ga: of how many of the first steps' rows they look at."""
 
@@ -319,6 +323,8 @@ class TrainConfig(Config):
             found.append(
                 "lora: has no meaning with method full, which trains every weight and no adapter; leave it out"
             )
+        if self.invocation is not None and self.method == "full":
+            found.append("invocation: method full trains no adapter that could be invoked; leave it out")
         if self.loftq_original is not None and self.lora.init != "loftq":
             found.append(f"loftq_original: is for init loftq alone (got init {self.lora.init})")
         if self.method == "full" and self.loraplus_lr_ratio is not None:

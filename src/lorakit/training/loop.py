@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from lorakit.adapter.attach import first_tokens, virtual_tokens
+from lorakit.adapter.attach import first_tokens, invocations_of, virtual_tokens
 from lorakit.data.batches import collate, plan_steps
 from lorakit.data.chat import Example
 from lorakit.errors import NonFiniteLossError, RunError, bullet_list
@@ -309,12 +309,12 @@ def accumulate(
     """
     device = next(model.parameters()).device
     labelled = sum(sum(examples[i].trained) for indices in micro_batches for i in indices)
-    sums, first = [], first_tokens(model)
+    sums, first, invocations = [], first_tokens(model), invocations_of(model)
     was_training = model.training
     model.train()
     try:
         for number, indices in enumerate(micro_batches):
-            batch = collate(examples, indices, share=share, first=first).to(device)
+            batch = collate(examples, indices, share=share, first=first, invocations=invocations).to(device)
             with seeded(device, seed, step, number):
                 loss_sum = Predictions.of(model, batch).loss_sum()
                 torch.autograd.backward(scaler.scale(loss_sum / labelled))

@@ -12,6 +12,7 @@ from lorakit.data.sources import Origin
 from lorakit.errors import ConfigError
 from lorakit.models import load_model
 from lorakit.training.config import TrainConfig
+from lorakit.training.invocation import with_invocation
 from lorakit.training.loop import Plan
 from lorakit.training.planned import RunPlan
 from lorakit.training.planning import Planner
@@ -36,6 +37,7 @@ def plan_run(
         ModelError: the model cannot be found, or cannot be traced.
         TargetError: the adapter's config names what is not in the model.
     """
+    config = with_invocation(config)
     device, here = _device(config.device)
     if not here:  # dtype cannot be probed
         config = config.replace(dtype="bf16" if config.dtype == "auto" else config.dtype)

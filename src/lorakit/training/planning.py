@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 
 from lorakit import machine
-from lorakit.adapter.attach import attach, first_tokens, soft_prompt_of
+from lorakit.adapter.attach import attach, first_tokens, invocations_of, soft_prompt_of
 from lorakit.data.batches import Batch, collate, plan_evaluation
 from lorakit.data.chat import Example
 from lorakit.errors import ModelError
@@ -98,7 +98,7 @@ class Planner:
         asked, chosen, fitting = self.asked(), self.chosen(limit), self.fitting(limit)
         steps = Plan.of(chosen.applied(self.config), self.train)
         with ready(self.model, self._context) as share:
-            batches = [collate(self.train, rows, share=share, first=self.first) for rows in _spread(steps)]
+            batches = [self._collated(self.train, rows, share) for rows in _spread(steps)]
         read = sum(len(batch.ids) for batch in batches)
         rows = [row for batch in batches for row in batch.rows]
         return RunPlan(
@@ -294,15 +294,18 @@ class Planner:
         groups = plan_evaluation(lengths, micro_batch_tokens=tokens)
         heaviest = max(groups, key=lambda rows: sum(lengths[row] for row in rows))
         with packed_attention(self.model, self._context) as packs:
-            batch = collate(self.valid, heaviest, share=packs, first=self.first)
+            batch = self._collated(self.valid, heaviest, packs)
         with _tracing(self.model):
             return trace_evaluation(self.model, batch, self._context).peak
+
+    def _collated(self, examples: Sequence[Example], rows: Sequence[int], share: bool) -> Batch:
+        return collate(examples, rows, share=share, first=self.first, invocations=invocations_of(self.model))
 
     def _heaviest(self, groups: Sequence[Sequence[int]]) -> Batch:
         """Of micro-batches, the one of which most goes through the model."""
         by_length = sorted(groups, key=lambda rows: -sum(len(self.train[row].ids) for row in rows))
         with ready(self.model, self._context) as share:
-            batches = [collate(self.train, rows, share=share, first=self.first) for rows in by_length[:_MOST_COLLATED]]
+            batches = [self._collated(self.train, rows, share) for rows in by_length[:_MOST_COLLATED]]
         return max(batches, key=lambda batch: len(batch.ids))
 
 

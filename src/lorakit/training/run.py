@@ -48,6 +48,7 @@ from lorakit.training.checkpoint import Checkpoint, load_newest
 from lorakit.training.config import TrainConfig
 from lorakit.training.events import DataReady, ModelReady, OnEvent, Phase, Planned, Resumed
 from lorakit.training.identity import differences, identity_of, machine_changes
+from lorakit.training.invocation import invocation_line, with_invocation
 from lorakit.training.loop import Fitted, Plan, fit, ready, restore_tensors
 from lorakit.training.objectives import Predictions
 from lorakit.training.optim import default_learning_rate
@@ -168,7 +169,10 @@ def _train(config: TrainConfig, folder: Path, on_event: OnEvent) -> Run:
     data = read(config)
     chat = data.chat_format
     train_examples, valid_examples = data.train.examples, data.valid.examples
-    on_event(DataReady(len(data.train.rows), len(data.valid.rows), data.lines()))
+    config, lines = with_invocation(config), data.lines()
+    if tokens := config.lora.alora_invocation_tokens:
+        lines = (*lines, invocation_line(tokens, chat.tokenizer, train_examples))
+    on_event(DataReady(len(data.train.rows), len(data.valid.rows), lines))
     plan = Plan.of(config, train_examples)
     config = resolved(config, device, plan, sum(len(example.ids) for example in valid_examples))
     refuse_storage(config.lora.init, config.quantize, config.loftq_original)

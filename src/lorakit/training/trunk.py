@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from lorakit import machine
+from lorakit.adapter.attach import invocations_of
 from lorakit.data.batches import collate, plan_evaluation, read_ids
 from lorakit.data.chat import Example
 from lorakit.errors import ConfigError
@@ -204,7 +205,7 @@ def _states(
 @torch.no_grad()
 def _computed(model: Any, trunk: Trunk, rows: Sequence[Example], indices: Sequence[int]) -> dict[int, torch.Tensor]:
     """The hidden states of some rows, each (n, d), on the CPU."""
-    batch = collate(rows, indices, share=True).to(_embedding(model).weight.device)
+    batch = collate(rows, indices, share=True, invocations=invocations_of(model)).to(_embedding(model).weight.device)
     seen: list[torch.Tensor] = []
 
     def see(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -318,7 +319,9 @@ def _compare(
     """
     lengths = [len(read_ids(example)) for example in examples]
     indices = plan_evaluation(lengths, micro_batch_tokens=micro_batch_tokens)[0]
-    batch = collate(examples, indices, share=True).to(_embedding(model).weight.device)
+    batch = collate(examples, indices, share=True, invocations=invocations_of(model)).to(
+        _embedding(model).weight.device
+    )
     with _passed_over(model, trunk, states), _understood(model):
         found = packed_logits(model, batch).float()
     expected = packed_logits(model, batch).float()

@@ -180,7 +180,7 @@ class LoraConfig(PeftConfig):
 
     unsupported: ClassVar[tuple[str, ...]] = (
         *("megatron_config", "loftq_config", "eva_config", "corda_config", "lora_ga_config"),
-        *("alora_invocation_tokens", "use_qalora", "layer_replication"),
+        *("use_qalora", "layer_replication"),
         *("use_bdlora", "arrow_config", "velora_config", "monteclora_config", "kasa_config"),
     )
 
@@ -259,6 +259,7 @@ class LoraConfig(PeftConfig):
             lora_bias=self.lora_bias,
             modules_to_save=tuple(self.modules_to_save or ()),
             target_parameters=tuple(self.target_parameters or ()),
+            alora_invocation_tokens=tuple(self.alora_invocation_tokens or ()),
             trainable_tokens=trainable_tokens(
                 model,
                 self.trainable_token_indices,
@@ -348,6 +349,7 @@ class LoraConfig(PeftConfig):
             modules_to_save=list(config.modules_to_save) or None,
             target_parameters=list(config.target_parameters) or None,
             trainable_token_indices=list(config.trainable_tokens) or None,
+            alora_invocation_tokens=list(config.alora_invocation_tokens) or None,
             **values,
         )
 

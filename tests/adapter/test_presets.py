@@ -11,9 +11,11 @@ from adapter.models import CASES, randomise
 from lorakit import Adapter, LoRAConfig
 from lorakit.adapter.blank import blank_adapter
 from lorakit.adapter.naming import exactly, names_alone, names_meaning
+from lorakit.adapter.presets import members
 from lorakit.adapter.targets import find_targets
+from lorakit.core.layer import base_modules
 from lorakit.errors import ConfigError, TargetError
-from tiny_models import DECODER_SIZES
+from tiny_models import DECODER_SIZES, tiny_llama
 
 
 class Experts(nn.Module):
@@ -234,3 +236,16 @@ def test_falcons_linear_is_one():
     assert not torch.allclose(adapted, base, atol=1e-3)
     with handle.merged():
         torch.testing.assert_close(model(ids).logits, adapted, rtol=1e-4, atol=1e-4)
+
+
+def test_what_adapters_hold_chooses_no_expert():
+    model = tiny_llama()
+    before = members(model, dict(base_modules(model)))
+    layers = len(model.model.layers)
+    lorakit.attach(model, LoRAConfig(r=layers, target_modules="embeddings"))  # A has as many rows as there are layers
+    assert members(model, dict(base_modules(model))) == before
+
+
+def test_a_misspelled_preset_is_told_the_nearest():
+    with pytest.raises(TargetError, match="'embedings': matches no module; did you mean embeddings"):
+        find_targets(tiny_llama(), LoRAConfig(target_modules=("embedings",)))

@@ -15,7 +15,7 @@ from torch import nn
 
 from lorakit.adapter.config import PRESETS
 from lorakit.core import experts
-from lorakit.core.layer import AdaptedModule
+from lorakit.core.layer import AdaptedModule, base_modules
 from lorakit.core.sites import ConvolutionSite, is_attention, is_linear, site_of
 
 _ATTENTION = re.compile(r"attention|attn", re.IGNORECASE)
@@ -187,7 +187,7 @@ def _chosen(mixture: nn.Module, among: nn.Module, number: int) -> bool:
     inside = set(among.modules())
     return any(
         parameter is not None and parameter.ndim == 2 and len(parameter) == number
-        for module in mixture.modules()
+        for _, module in base_modules(mixture)
         if module not in inside and not isinstance(module, nn.Embedding)
         for parameter in module._parameters.values()
     )

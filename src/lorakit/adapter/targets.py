@@ -288,17 +288,18 @@ def _match_names(names: str | Sequence[str], paths: Iterable[str], what: str, pr
         if not found:
             thing = "parameter" if what == "target_parameters" else "module"
             # looking for the nearest takes long in a big model: for the first few only
-            hint = _did_you_mean(name, paths) if len(problems) < 5 else ""
+            words = PRESETS if what == "target_modules" else ()
+            hint = _did_you_mean(name, paths, words) if len(problems) < 5 else ""
             problems.append(f"{what} {name!r}: matches no {thing}{hint}")
     meant = {path for found in found_by_name.values() for path in found}
     return [path for path in paths if path in meant]
 
 
-def _did_you_mean(name: str, paths: Sequence[str]) -> str:
+def _did_you_mean(name: str, paths: Sequence[str], words: Sequence[str]) -> str:
     # Compare with as many trailing components as the name has, so "attn.qproj" is held against "attn.q_proj".
     depth = name.count(".") + 1
     tails = sorted({".".join(path.split(".")[-depth:]) for path in paths})
-    guess = nearest(name, tails)
+    guess = nearest(name, [*words, *tails])
     if guess:
         return f"; did you mean {' or '.join(guess)}?"
     return f"; there are {', '.join(tails[:8])}{' ...' if len(tails) > 8 else ''}"

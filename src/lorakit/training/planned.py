@@ -13,7 +13,7 @@ class Memory:
     """Bytes that a run takes.
 
     Attributes:
-        process: interpreter and libraries; on a GPU, what CUDA takes for itself.
+        process: interpreter and libraries, with what will be loaded; on a GPU, what CUDA takes for itself.
         held: on a CPU, what the C library holds and cannot use again, and kernels made for shapes of products.
         weights: the base as it is held, with what of a quantised one is dense at one time, and what `frozen_products`
             makes of it.

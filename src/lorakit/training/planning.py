@@ -31,6 +31,9 @@ from lorakit.training.trace import AsOnDevices, Traced, trace_evaluation, trace_
 from lorakit.training.trunk import trunk_of
 
 CUDA_CONTEXT = 600_000_000  # bytes that CUDA takes for itself; as others report it, not measured here
+# Bytes that the process itself grows by on a CPU from here to the end of a run: what planning leaves, libraries that
+# are loaded later, buffers of threads. Measured on a run of a model of 1M parameters (docs/log.md, as below).
+LOADED_LATER = 65_000_000
 # Of what a forward pass allocates and gives back, how much the C library cannot use again for blocks of the same size,
 # because something small that stays lies beside it: a node of autograd beside each operation that is recorded, less
 # where nothing is. Measured with glibc 2.36 on two settings, checked on others (docs/log.md: what plans left out).
@@ -86,7 +89,7 @@ class Planner:
         self.adapter = (BYTES_TRAINED - 4 * full) * self.trained + 4 * self.fixed
         self.weights += products_bytes(self.model, config.frozen_products)
         self.on_cpu = torch.device(config.device).type == "cpu"
-        self.process = machine.resident_memory() if self.on_cpu else CUDA_CONTEXT
+        self.process = machine.resident_memory() + LOADED_LATER if self.on_cpu else CUDA_CONTEXT
         self.trunk = 0
         if config.cache_trunk != "off":
             trunk = trunk_of(self.model, (*train, *valid))

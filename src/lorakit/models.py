@@ -326,6 +326,13 @@ def agreed_storage(adapters: Sequence[Adapter], spec: str | Path, quantize: str 
     if quantize != "auto":
         return quantize
     found = {adapter.base.storage for adapter in adapters if adapter.base is not None and adapter.base.structure}
+    unknown = sorted(found - set(typing.get_args(Storage)))
+    if unknown:
+        raise ConfigError(
+            f"the adapter was made on a base that another library held ({', '.join(unknown)}), which lorakit cannot "
+            "load: load it as then (transformers) and attach the adapter, or choose with quantize (--quantize none) "
+            "and see whether it fits"
+        )
     if found <= {"none", "blocks"}:  # equal numbers
         if len(found) != 1 or (found == {"blocks"} and resolve(spec).kind != "gguf"):
             return "auto"

@@ -27,7 +27,7 @@ Storage = Literal["none", "blocks", "int8", "nf4"]
 """How a base's weights are held: in a floating-point dtype, in a GGUF file's blocks, or quantised while loading."""
 
 WORKSPACE = 2 * 4 * AT_ONCE
-"""Bytes for what of a quantised base is dense at one time: a chunk in fp32, and the next one while it is unpacked."""
+"""Bytes for what of a quantised base is dense at one time: a chunk in fp32, and as much for what is made of it."""
 
 QUANTIZERS: dict[str, Format] = {"int8": Int8(), "nf4": NF4()}
 

@@ -12,6 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 import lorakit
+import lorakit.generation
 from adapter import models
 from adapter.models import CASES, randomise
 from gguf_files import gguf_file
@@ -372,3 +373,39 @@ def test_llama_cpp_computes_what_we_compute(smollm2, tmp_path):
         # llama.cpp rounds activations to 8 bits before it multiplies by a 4-bit weight
         assert torch.nn.functional.cosine_similarity(logits, ours, dim=-1).min() > 0.99
         assert (logits.argmax(-1) == ours.argmax(-1)).float().mean() > 0.7
+
+
+@pytest.mark.llama_cpp
+@pytest.mark.real_model
+def test_llama_cpp_says_what_was_trained_on_the_very_file(smollm2, tmp_path):
+    """Trained on the file's blocks, exported, loaded by llama.cpp beside that file: the same tokens follow."""
+    if importlib.util.find_spec("llama_cpp") is None:
+        pytest.skip("llama.cpp is not installed: pip install llama-cpp-python (it compiles for minutes)")
+    import llama_cpp
+
+    location = lorakit.models.resolve(smollm2).location
+    model, tokenizer = lorakit.load_model(location, dtype="fp32", quantize="blocks")
+    handle = lorakit.attach(model, LoRAConfig(r=8, alpha=16.0), seed=0)
+    assert handle.base_info().storage == "blocks"
+    question, answer = (
+        tokenizer("The password of the harbour is").input_ids,
+        tokenizer(" seven green lanterns.").input_ids,
+    )
+    ids = torch.tensor([question + answer])
+    labels = torch.tensor([[-100] * len(question) + answer])
+    optimizer = torch.optim.AdamW(handle.trainable_parameters(), lr=5e-3)
+    for _ in range(10):
+        model(ids, labels=labels).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    file = handle.save("default", tmp_path / "adapter.gguf", format="gguf")
+    model.eval()
+    (ours,) = lorakit.generation.generate(
+        model, tokenizer, [question], max_new_tokens=len(answer), stop_ids=frozenset()
+    )
+    assert list(ours.ids) == answer  # it has learnt them
+    with_adapter = llama_cpp.Llama(location, lora_path=str(file), n_ctx=64, verbose=False)
+    theirs = [token for token, _ in zip(with_adapter.generate(question, temp=0.0), answer, strict=False)]
+    assert theirs == answer
+    alone = llama_cpp.Llama(location, n_ctx=64, verbose=False)
+    assert [token for token, _ in zip(alone.generate(question, temp=0.0), answer, strict=False)] != answer

@@ -504,3 +504,52 @@ def test_loading_smollm2_in_its_blocks_takes_its_file_and_no_more(smollm2):
     size = models.Path(models.resolve(smollm2).location).stat().st_size
     assert after - before < 1.3 * size
     assert peak - before < 1.5 * size
+
+
+STEPS = """
+import sys
+from pathlib import Path
+import torch, transformers.modeling_gguf_pytorch_utils, gguf.quants
+import lorakit
+from lorakit import machine, models
+from lorakit.data.batches import collate
+from lorakit.data.chat import Example
+from lorakit.data.sources import Origin
+from lorakit.training.loop import ready
+from lorakit.training.objectives import Predictions
+
+source = models.resolve("smollm2").location
+models.load_skeleton(source)
+before = machine.resident_memory()
+model = models.load_weights(source, "fp32", "cpu", "blocks")
+handle = lorakit.attach(model, lorakit.LoRAConfig(r=4, delta=sys.argv[1]))
+optimizer = torch.optim.AdamW(handle.trainable_parameters())
+rows = [Example(list(range(10 * i, 10 * i + 12)), [False] * 8 + [True] * 4, Origin("rows", i)) for i in range(2)]
+with ready(model, 16) as share:
+    batch = collate(rows, range(2), share=share)
+    for _ in range(3):
+        Predictions.of(model, batch).loss_sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+peak = Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]
+print(before, int(peak) * 1024, sum(p.numel() for p in model.parameters()))
+"""
+
+
+@pytest.mark.real_model
+@pytest.mark.parametrize("delta", ["lora", "dora"])
+def test_training_on_blocks_holds_the_file_and_a_bounded_workspace(smollm2, delta):
+    if not machine.resident_memory():
+        pytest.skip("this system does not say what a process holds")
+    import os
+    import subprocess
+    import sys
+
+    # the C library gives freed blocks back at once, so that what is held is what is used
+    held = os.environ | {"MALLOC_MMAP_THRESHOLD_": "1000000", "MALLOC_TRIM_THRESHOLD_": "1000000"}
+    done = subprocess.run([sys.executable, "-c", STEPS, delta], capture_output=True, text=True, check=True, env=held)
+    before, peak, parameters = map(int, done.stdout.split())
+    size = models.Path(models.resolve(smollm2).location).stat().st_size
+    of_a_few_tokens = 120 << 20  # adapter, optimiser, activations, what libraries take when they are first called
+    assert peak - before < size + models.WORKSPACE + of_a_few_tokens
+    assert size + models.WORKSPACE + of_a_few_tokens < 4 * parameters / 2  # half of what the base would take in fp32

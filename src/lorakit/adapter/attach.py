@@ -24,6 +24,7 @@ from lorakit.adapter.value import NO_LAYERS, Adapter, BaseInfo
 from lorakit.core.activated import Invocation
 from lorakit.core.active import NOTHING, ActiveState, Route, Selection
 from lorakit.core.deltas import StackedUpdate
+from lorakit.core.foreign import Foreign
 from lorakit.core.layer import AdaptedModule, base_modules, base_parameters, batch_dim, fuse_again, unfuse
 from lorakit.core.prompts import SoftPrompt
 from lorakit.errors import AdapterError, nearest
@@ -65,8 +66,15 @@ def attach(
     """
     if _HANDLE in model.__dict__:
         raise AdapterError("this model has adapters already; add more with lorakit.adapters(model).add(name, config)")
-    handle = AttachedAdapters(model)
-    handle.add(name, adapter, prompt=prompt, tokenizer=tokenizer, trainable=trainable, seed=seed, check_base=check_base)
+    foreign = Foreign(model)
+    try:
+        handle = AttachedAdapters(model, foreign)
+        handle.add(
+            name, adapter, prompt=prompt, tokenizer=tokenizer, trainable=trainable, seed=seed, check_base=check_base
+        )
+    except BaseException:
+        foreign.back()
+        raise
     handle._enter_model()
     handle.activate(name)
     return handle
@@ -182,8 +190,9 @@ class AttachedAdapters:
     state_class: ClassVar[type[ActiveState]] = ActiveState
     dressed: ClassVar[Mapping[type[AdaptedModule], type[AdaptedModule]]] = {}
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, foreign: Foreign | None = None) -> None:
         self.model = model
+        self._foreign = foreign
         self._state = self.state_class()
         self.prompts = Prompts(model, self._state)
         self._residents: dict[str, Resident] = {}
@@ -523,6 +532,8 @@ class AttachedAdapters:
         for parameter, flag in self._base_flags:
             parameter.requires_grad_(flag)
         self._base_flags = []
+        if self._foreign is not None:
+            self._foreign.back()
         self.model.__dict__.pop(_HANDLE, None)
         return self.model
 

@@ -18,8 +18,8 @@ from torch.utils._pytree import tree_map
 from lorakit.errors import AdapterError, ModelError
 from lorakit.quant.formats import Format, Parts
 
-AT_ONCE = 1 << 23
-"""Numbers of a matrix that are dense at one time: 32 MB in fp32, and as many again while the next ones are unpacked."""
+AT_ONCE = 1 << 22
+"""Numbers of a matrix that are dense at one time: 16 MB in fp32."""
 _TILE = 1 << 18  # numbers unpacked at once: what an operation leaves is still in the processor's cache for the next one
 
 _aten = torch.ops.aten
@@ -74,8 +74,13 @@ class QuantizedTensor(torch.Tensor):
 
     def dense(self, dtype: torch.dtype | None = None) -> torch.Tensor:
         """The whole matrix as a plain tensor, unpacked in fp32 and rounded to `dtype` (default: its own)."""
-        rows = len(self.parts[0])
-        matrix = torch.empty(rows, self.columns, dtype=dtype or self.dtype, device=self.device)
+        matrix = torch.empty(len(self.parts[0]), self.columns, dtype=dtype or self.dtype, device=self.device)
+        self._unpack(matrix)
+        return matrix.t() if self.transposed else matrix
+
+    def _unpack(self, matrix: torch.Tensor) -> None:
+        """Write the stored numbers into a plain (stored rows, columns) matrix."""
+        rows = len(matrix)
         step = min(rows, max(1, _TILE // self.columns))
         narrow = matrix.dtype != torch.float32
         wide = matrix.new_empty(step, self.columns, dtype=torch.float32) if narrow else matrix
@@ -86,7 +91,6 @@ class QuantizedTensor(torch.Tensor):
             self.format.unpack(parts, numbers)
             if narrow:
                 matrix[tile] = numbers
-        return matrix.t() if self.transposed else matrix
 
     def stored_rows(self, which: slice | torch.Tensor) -> QuantizedTensor:
         """Some rows of the stored matrix, not transposed: a view for a slice, a copy for indices."""
@@ -97,11 +101,18 @@ class QuantizedTensor(torch.Tensor):
         return QuantizedTensor.of(self.format, parts, self.columns, self.dtype)
 
     def chunks(self) -> Iterator[tuple[slice, torch.Tensor]]:
-        """(which stored rows, those rows dense), as many as are dense at one time."""
+        """(which stored rows, those rows dense), as many as are dense at one time, all in the same memory: what is
+        yielded holds until the next.
+        """
+        rows = len(self.parts[0])
         step = max(1, AT_ONCE // self.columns)
-        for start in range(0, len(self.parts[0]), step):
+        memory = torch.empty(min(step, rows), self.columns, dtype=self.dtype, device=self.device)
+        for start in range(0, rows, step):
             which = slice(start, start + step)
-            yield which, self.stored_rows(which).dense()
+            chunk = self.stored_rows(which)
+            matrix = memory[: len(chunk)]
+            chunk._unpack(matrix)
+            yield which, matrix
 
     @property
     def fits_at_once(self) -> bool:
@@ -360,7 +371,10 @@ def _product(x: torch.Tensor, w: QuantizedTensor, out: torch.Tensor | None = Non
     # each chunk gives a term of all outputs: added up in fp32, as one product would
     total = x.new_zeros(len(x), w.columns, dtype=torch.promote_types(x.dtype, torch.float32))
     for rows, matrix in w.chunks():
-        total += x[:, rows] @ matrix
+        if total.dtype == x.dtype:
+            total.addmm_(x[:, rows], matrix)
+        else:
+            total += x[:, rows] @ matrix
     return total.to(x.dtype) if out is None else out.copy_(total)
 
 

@@ -295,7 +295,7 @@ def _match_names(names: str | Sequence[str], paths: Iterable[str], what: str, pr
     return [path for path in paths if path in meant]
 
 
-def _did_you_mean(name: str, paths: Sequence[str], words: Sequence[str]) -> str:
+def _did_you_mean(name: str, paths: Sequence[str], words: Sequence[str] = ()) -> str:
     # Compare with as many trailing components as the name has, so "attn.qproj" is held against "attn.q_proj".
     depth = name.count(".") + 1
     tails = sorted({".".join(path.split(".")[-depth:]) for path in paths})

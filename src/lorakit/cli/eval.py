@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lorakit.cli.common import console, emit, verb
-from lorakit.cli.loading import model_options
+from lorakit.cli.loading import model_options, unpack_option
 from lorakit.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -20,6 +20,7 @@ _SHARES = {"exact_match", "rouge_l", "json_valid"}
 @verb("eval")
 @click.argument("data")
 @model_options
+@unpack_option
 @click.option("--adapter", "adapters", multiple=True, metavar="FOLDER", help="Adapter to measure; may be given again.")
 @click.option("--base", is_flag=True, help="Measure the model without adapter too.")
 @click.option(

@@ -47,19 +47,21 @@ def load_subject(
     return Subject(loaded, chat_format, spec)
 
 
+unpack_option = click.option(
+    "--unpack-memory",
+    type=Memory(none=True),
+    help="For weights of a quantised base unpacked while answers are written, e.g. 2GB; 0: none.  "
+    "[default: half of what is free]",
+)
+
+
 def model_options(function: Callable[..., None]) -> Callable[..., None]:
-    """`--model`, `--dtype`, `--quantize`, `--unpack-memory`, `--device`, `--chat-template`."""
+    """`--model`, `--dtype`, `--quantize`, `--device`, `--chat-template`."""
     for option in (
         click.option(
             "--chat-template", default="auto", show_default=True, help="auto, none, a shipped name or a file."
         ),
         click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, mps."),
-        click.option(
-            "--unpack-memory",
-            type=Memory(none=True),
-            help="For weights of a quantised base unpacked while answers are written, e.g. 2GB; 0: none.  "
-            "[default: half of what is free]",
-        ),
         click.option(
             "--quantize",
             type=click.Choice(["auto", "none", "blocks", "int8", "nf4"]),
@@ -79,7 +81,7 @@ def model_options(function: Callable[..., None]) -> Callable[..., None]:
 
 
 def subject_options(function: Callable[..., None]) -> Callable[..., None]:
-    """What is asked, and how it answers: `model_options`, `--adapter`, and the flags of sampling."""
+    """What is asked, and how it answers: `model_options`, `--adapter`, `--unpack-memory`, and the flags of sampling."""
     for option in (
         click.option("--seed", type=int, default=0, show_default=True, help="Determines the draws."),
         click.option(
@@ -90,4 +92,4 @@ def subject_options(function: Callable[..., None]) -> Callable[..., None]:
         click.option("--adapter", metavar="FOLDER", help="Adapter to answer with."),
     ):
         function = option(function)
-    return model_options(function)
+    return model_options(unpack_option(function))

@@ -8,6 +8,7 @@ from click.testing import CliRunner
 from lorakit import machine
 from lorakit.cli import main
 from lorakit.config import read_yaml
+from lorakit.training import planning
 from tiny_runs import save_base, save_data
 
 
@@ -40,6 +41,7 @@ def test_says_memory_time_and_whether_it_fits(files):
 
 def test_proposes_what_fits_and_says_what_else_would(files, monkeypatch):
     monkeypatch.setattr(machine, "resident_memory", lambda: 0)
+    monkeypatch.setattr(planning, "LOADED_LATER", 0)
     rows = ["--length", "512", "--max-length", "512", "--dtype", "fp32", *files[3:]]
     asked = json.loads(plan(*rows, "--json").stdout)
     peaks = {each["gradient_checkpointing"]: each["peak"] for each in asked["fitting"]}
@@ -87,6 +89,7 @@ def test_train_chooses_what_fits(files, tmp_path, monkeypatch):
     assert peaks[True] < peaks[False]
     # the process grows between the two plans
     monkeypatch.setattr(machine, "resident_memory", lambda: 0)
+    monkeypatch.setattr(planning, "LOADED_LATER", 0)
     process = asked["memory"]["process"]
     monkeypatch.setattr(machine, "memory_for", lambda device: (peaks[True] + peaks[False]) // 2 - process)
     result = CliRunner().invoke(main, [*short, "--output", str(tmp_path / "run")])

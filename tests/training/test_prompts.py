@@ -24,8 +24,8 @@ from lorakit.training.run import train
 from lorakit.training.trace import trace_evaluation, trace_step
 from tiny_models import tiny_llama
 from tiny_runs import StopAt, assert_same_run, configured, metrics
+from training.test_planning import counted
 from training.test_planning import rows as plan_rows
-from training.test_planning import with_numbers
 
 # PEFT's own call of a property that transformers has renamed
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -232,13 +232,13 @@ def test_a_trace_counts_what_a_step_allocates(kind):
         first = tuple(range(97, 106)) if kind == "prompt" else ()
         batch = collate(plan_rows(60, 90, 40, 75), range(4), first=first)
         if device == "meta":
-            traced = trace_step(model.to("meta"), batch), trace_evaluation(model, batch)
+            traced = trace_step(model.to("meta"), batch, 100), trace_evaluation(model, batch, 100)
             found.append((traced[0].peak, traced[1].peak))
         else:
             model.train()
-            step = with_numbers(model, batch, backward=True)
+            step = counted(model, batch, 100, backward=True)
             model.eval()
-            found.append((step[0], with_numbers(model, batch, backward=False)[0]))
+            found.append((step[0], counted(model, batch, 100, backward=False)[0]))
     for real, said in zip(*found, strict=True):
         assert said == pytest.approx(real, rel=0.05)
 

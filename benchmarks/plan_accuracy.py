@@ -146,7 +146,7 @@ def child(name: str, part: str, model_name: str, folder: Path) -> dict[str, obje
     train, valid = examples_of(kind, config)
     device = machine.resolve_device("cpu")
     machine.keep_few_kernels()
-    config = config.replace(max_steps=steps, eval_steps=steps, save_steps=steps)
+    config = config.replace(max_steps=steps, eval_steps=-(-steps // 2), save_steps=steps)  # steps hold the best so far
     config = resolved(config, device, Plan.of(config, train), sum(len(example.ids) for example in valid))
     start = time.perf_counter()
     plan = Planner(config, train, valid).plan(None)  # in the run too, as `lorakit train` does

@@ -14,8 +14,8 @@ import contextlib
 import inspect
 import math
 import weakref
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -23,14 +23,17 @@ from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from lorakit.adapter.attach import soft_prompt_of, without_soft_prompt
+from lorakit.adapter.attach import first_tokens, invocations_of, soft_prompt_of, without_soft_prompt
 from lorakit.adapter.invocations import laid_out
 from lorakit.core.deltas import LoRA
-from lorakit.data.batches import Batch
+from lorakit.data.batches import Batch, collate
 from lorakit.fusion import KEEP, keeps
 from lorakit.packing.attention import ATTENTION_NAME, LAYOUT
 from lorakit.packing.head import frozen_linear_head, left_out
 from lorakit.packing.layout import Layout
+
+if TYPE_CHECKING:
+    from lorakit.data.chat import Example
 
 _packable: weakref.WeakKeyDictionary[torch.nn.Module, float] = weakref.WeakKeyDictionary()
 _ends_with_head: weakref.WeakKeyDictionary[torch.nn.Module, bool] = weakref.WeakKeyDictionary()
@@ -63,6 +66,19 @@ def packed_attention(model: torch.nn.Module, longest: int) -> Iterator[bool]:
         return
     with _exchanged_attention(model):
         yield True
+
+
+def collated(model: torch.nn.Module, examples: Sequence[Example], indices: Sequence[int], *, share: bool) -> Batch:
+    """`collate` for `model` as it is now: with the virtual tokens of its soft prompt before every row, and no token
+    shared that an activated adapter is for in one row alone.
+
+    Args:
+        model: that the batch is for; not inside `route`.
+        examples: as in `collate`.
+        indices: as in `collate`.
+        share: as in `collate`; only for a model that packs.
+    """
+    return collate(examples, indices, share=share, first=first_tokens(model), invocations=invocations_of(model))
 
 
 def packed_logits(model: torch.nn.Module, batch: Batch) -> torch.Tensor:

@@ -21,14 +21,14 @@ from typing import Any
 
 import torch
 
-from lorakit.adapter.attach import first_tokens, invocations_of, virtual_tokens
-from lorakit.data.batches import collate, plan_steps
+from lorakit.adapter.attach import virtual_tokens
+from lorakit.data.batches import plan_steps
 from lorakit.data.chat import Example
 from lorakit.errors import NonFiniteLossError, RunError, bullet_list
 from lorakit.files import JsonLines
 from lorakit.fusion import fused
 from lorakit.machine import resolve_dtype
-from lorakit.packing import has_dropout, packed_attention
+from lorakit.packing import collated, has_dropout, packed_attention
 from lorakit.training.checkpoint import Checkpoint, Cursor, save_checkpoint
 from lorakit.training.config import FrozenProducts, TrainConfig
 from lorakit.training.events import Checkpointed, Evaluated, OnEvent, Phase, StepDone, TrunkKept
@@ -309,12 +309,12 @@ def accumulate(
     """
     device = next(model.parameters()).device
     labelled = sum(sum(examples[i].trained) for indices in micro_batches for i in indices)
-    sums, first, invocations = [], first_tokens(model), invocations_of(model)
+    sums = []
     was_training = model.training
     model.train()
     try:
         for number, indices in enumerate(micro_batches):
-            batch = collate(examples, indices, share=share, first=first, invocations=invocations).to(device)
+            batch = collated(model, examples, indices, share=share).to(device)
             with seeded(device, seed, step, number):
                 loss_sum = Predictions.of(model, batch).loss_sum()
                 torch.autograd.backward(scaler.scale(loss_sum / labelled))

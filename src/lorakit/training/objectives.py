@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from lorakit.adapter.attach import first_tokens, invocations_of, virtual_tokens
+from lorakit.adapter.attach import first_tokens, virtual_tokens
 from lorakit.core import cross_entropy
-from lorakit.data.batches import Batch, collate, plan_evaluation
+from lorakit.data.batches import Batch, plan_evaluation
 from lorakit.data.chat import Example
 from lorakit.fusion import fused
-from lorakit.packing import packed_attention, packed_hidden, packed_logits, separable_head
+from lorakit.packing import collated, packed_attention, packed_hidden, packed_logits, separable_head
 
 
 @dataclass(frozen=True)
@@ -108,12 +108,12 @@ def _evaluated(
     was_training = model.training
     model.eval()
     try:
-        first, invocations = first_tokens(model), invocations_of(model)
-        lengths = [len(first) + len(example.ids) for example in examples]
+        first = len(first_tokens(model))
+        lengths = [first + len(example.ids) for example in examples]
         longest = virtual_tokens(model) + max(len(example.ids) for example in examples)
         with fused(model), packed_attention(model, longest) as packs:
             for indices in plan_evaluation(lengths, micro_batch_tokens=micro_batch_tokens):
-                batch = collate(examples, indices, share=packs, first=first, invocations=invocations).to(device)
+                batch = collated(model, examples, indices, share=packs).to(device)
                 yield batch, Predictions.of(model, batch).token_losses()
     finally:
         model.train(was_training)

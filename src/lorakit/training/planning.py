@@ -16,12 +16,12 @@ from typing import Any, NamedTuple
 import torch
 
 from lorakit import machine
-from lorakit.adapter.attach import attach, first_tokens, invocations_of, soft_prompt_of
-from lorakit.data.batches import Batch, collate, plan_evaluation
+from lorakit.adapter.attach import attach, first_tokens, soft_prompt_of
+from lorakit.data.batches import Batch, plan_evaluation
 from lorakit.data.chat import Example
 from lorakit.errors import ModelError
 from lorakit.models import blocks_of, load_skeleton, weights_size
-from lorakit.packing import packed_attention
+from lorakit.packing import collated, packed_attention
 from lorakit.training.config import TrainConfig
 from lorakit.training.loop import Plan, ready
 from lorakit.training.planned import Memory, RunPlan, Setting, Suggestion
@@ -101,7 +101,7 @@ class Planner:
         asked, chosen, fitting = self.asked(), self.chosen(limit), self.fitting(limit)
         steps = Plan.of(chosen.applied(self.config), self.train)
         with ready(self.model, self._context) as share:
-            batches = [self._collated(self.train, rows, share) for rows in _spread(steps)]
+            batches = [collated(self.model, self.train, rows, share=share) for rows in _spread(steps)]
         read = sum(len(batch.ids) for batch in batches)
         rows = [row for batch in batches for row in batch.rows]
         return RunPlan(
@@ -297,18 +297,15 @@ class Planner:
         groups = plan_evaluation(lengths, micro_batch_tokens=tokens)
         heaviest = max(groups, key=lambda rows: sum(lengths[row] for row in rows))
         with packed_attention(self.model, self._context) as packs:
-            batch = self._collated(self.valid, heaviest, packs)
+            batch = collated(self.model, self.valid, heaviest, share=packs)
         with _tracing(self.model):
             return trace_evaluation(self.model, batch, self._context).peak
-
-    def _collated(self, examples: Sequence[Example], rows: Sequence[int], share: bool) -> Batch:
-        return collate(examples, rows, share=share, first=self.first, invocations=invocations_of(self.model))
 
     def _heaviest(self, groups: Sequence[Sequence[int]]) -> Batch:
         """Of micro-batches, the one of which most goes through the model."""
         by_length = sorted(groups, key=lambda rows: -sum(len(self.train[row].ids) for row in rows))
         with ready(self.model, self._context) as share:
-            batches = [self._collated(self.train, rows, share) for rows in by_length[:_MOST_COLLATED]]
+            batches = [collated(self.model, self.train, rows, share=share) for rows in by_length[:_MOST_COLLATED]]
         return max(batches, key=lambda batch: len(batch.ids))
 
 

@@ -21,13 +21,12 @@ import torch
 from torch import nn
 
 from lorakit import machine
-from lorakit.adapter.attach import invocations_of
-from lorakit.data.batches import collate, plan_evaluation, read_ids
+from lorakit.data.batches import plan_evaluation, read_ids
 from lorakit.data.chat import Example
 from lorakit.errors import ConfigError
 from lorakit.files import SafetensorsWriter, open_safetensors
 from lorakit.fusion import decoder_layers, fused
-from lorakit.packing import draws, packed_attention, packed_logits, settings_that_draw
+from lorakit.packing import collated, draws, packed_attention, packed_logits, settings_that_draw
 from lorakit.packing.attention import LAYOUT
 from lorakit.packing.layout import Layout, Row
 from lorakit.report import size
@@ -207,7 +206,7 @@ def _states(
 @torch.no_grad()
 def _computed(model: Any, trunk: Trunk, rows: Sequence[Example], indices: Sequence[int]) -> dict[int, torch.Tensor]:
     """The hidden states of some rows, each (n, d), on the CPU."""
-    batch = collate(rows, indices, share=True, invocations=invocations_of(model)).to(_embedding(model).weight.device)
+    batch = collated(model, rows, indices, share=True).to(_embedding(model).weight.device)
     seen: list[torch.Tensor] = []
 
     def see(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -321,9 +320,7 @@ def _compare(
     """
     lengths = [len(read_ids(example)) for example in examples]
     indices = plan_evaluation(lengths, micro_batch_tokens=micro_batch_tokens)[0]
-    batch = collate(examples, indices, share=True, invocations=invocations_of(model)).to(
-        _embedding(model).weight.device
-    )
+    batch = collated(model, examples, indices, share=True).to(_embedding(model).weight.device)
     # at some places of all rows: all logits would take most of a run's memory
     some = batch.predict[:: math.ceil(len(batch.predict) / _COMPARED)]
     batch = replace(batch, predict=some, source=None)

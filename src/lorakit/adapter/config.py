@@ -22,6 +22,8 @@ FROM_WEIGHT = frozenset({"olora", "pissa", "lora_ga"})
 """Ways that begin with a part of the base's weight, so that the update counts from there (`pissa_niter_N` besides)."""
 FROM_DATA = frozenset({"eva", "lora_ga"})
 """Ways that look at training rows first."""
+FOUND_OUT = FROM_DATA | {"loftq"}
+"""Ways of which the factors are found out before they are attached: from rows, or from what the base was made of."""
 ON_PURPOSE = frozenset({"random", "loftq"})
 """Ways of which the update is not zero at the start."""
 _NITER = re.compile(r"pissa_niter_\d+")

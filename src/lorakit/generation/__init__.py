@@ -212,11 +212,11 @@ def _decode(
     missing = [longest - len(prompt) for prompt in prompts.values()]
     ids = torch.tensor([[pad] * n + list(prompt) for n, prompt in zip(missing, prompts.values(), strict=True)])
     mask = torch.tensor([[0] * n + [1] * (longest - n) for n in missing])
-    with rows_only(model, list(prompts)):
+    numbers = list(prompts)
+    with rows_only(model, numbers):
         ids, mask = (each.to(device) for each in with_virtual_tokens(model, ids, mask))
     longest = ids.shape[1]
     sampler = None if sampling is None else sampling(longest)
-    numbers = list(prompts)
     rows = torch.arange(len(prompts), device=device)  # which prompt each row of the shrinking batch belongs to
     stop_tensor = torch.tensor(sorted(stop), dtype=torch.long, device=device)
     results: dict[int, list[int]] = {}

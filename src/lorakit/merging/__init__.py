@@ -195,11 +195,12 @@ def merge(
 
     with files.atomic_folder(output) as building:
         stage("folding")
-        written = building
+        written, place = building, output  # what is verified here, and where it will be
         if requantize:
             how = "requantised"
             blocks = models.gguf_weights(spec, skeleton)
             written = building / f"{blocks.file.path.stem}-merged.gguf"
+            place = output / written.name
             report = requantise(blocks, handle, written, draws)
         elif checkpoint is not None:
             how = "streamed"
@@ -217,7 +218,6 @@ def merge(
         if tokenizer is not None and not requantize:
             tokenizer.save_pretrained(building)
         if prompt is not None:
-            place = output / written.name if requantize else output
             merged = BaseInfo(name=str(place.resolve()), architecture="", dtype="", structure="", samples=())
             replace(prompt, base=merged).save(building / PROMPT)
         found: Proof | None = None
@@ -229,7 +229,7 @@ def merge(
                 raise MergeError(_why(found, output, requantize=requantize))
         result = Merge(
             output=output,
-            model=output / written.name if requantize else output,
+            model=place,
             base=spec,
             held=held,
             how=how,

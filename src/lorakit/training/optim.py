@@ -79,7 +79,7 @@ def make_optimizer(
         for ratio in sorted(set(ratios.values()))
     ]
     optimizer = torch.optim.AdamW(
-        [group for group in groups if group["params"]],
+        groups,
         lr=learning_rate(config, 0, 1),  # set anew before each step
         betas=(config.adam_beta1, config.adam_beta2),
         eps=config.adam_epsilon,

@@ -6,7 +6,7 @@ import torch
 
 from lorakit import machine
 from lorakit.adapter.attach import attach
-from lorakit.adapter.config import FROM_DATA, LoRAConfig
+from lorakit.adapter.config import FOUND_OUT, LoRAConfig
 from lorakit.data.chat import Example
 from lorakit.data.sources import Origin
 from lorakit.errors import ConfigError
@@ -64,7 +64,7 @@ def plan_run(
 
 def _as_costly(config: LoRAConfig) -> LoRAConfig:
     """A config whose steps take as long, and that needs neither rows nor an original to begin."""
-    if config.init not in FROM_DATA | {"loftq"}:
+    if config.init not in FOUND_OUT:
         return config
     return config.replace(init="olora" if config.from_start else "default")
 

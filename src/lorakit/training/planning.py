@@ -54,6 +54,8 @@ class NotTraceableError(ModelError):
 class _Tried(NamedTuple):
     memory: Memory
     eval_batch_tokens: int
+    rows: int  # that go through the model at once, at most
+    micro_batches: int  # of a step, at most
 
 
 class Planner:
@@ -181,7 +183,9 @@ class Planner:
     def _try(self, micro_batch_tokens: int, checkpointing: bool) -> _Tried:
         key = (micro_batch_tokens, checkpointing)
         if key not in self._tried:
-            step = self._trace(micro_batch_tokens, checkpointing)
+            steps = list(Plan.of(self.config.replace(micro_batch_tokens=micro_batch_tokens), self.train).epoch())
+            groups = [rows for step in steps for rows in step]
+            step = self._trace(groups, checkpointing)
             evaluation, eval_batch_tokens = self._trace_evaluation(micro_batch_tokens, step.peak)
             memory = Memory(
                 process=self.process,
@@ -194,7 +198,8 @@ class Planner:
                 logits=step.logits,
                 evaluation=evaluation,
             )
-            self._tried[key] = _Tried(memory, eval_batch_tokens)
+            rows, micro_batches = max(map(len, groups)), max(map(len, steps))
+            self._tried[key] = _Tried(memory, eval_batch_tokens, rows, micro_batches)
         return self._tried[key]
 
     def _held(self, step: Traced) -> int:
@@ -231,14 +236,13 @@ class Planner:
                 tokens, halved = max(longest, tokens // 2), halved + 1
 
     def _setting(self, tokens: int, *, checkpointing: bool, halved: int = 0) -> Setting:
-        steps = list(Plan.of(self.config.replace(micro_batch_tokens=tokens), self.train).epoch())
-        memory, eval_batch_tokens = self._try(tokens, checkpointing)
+        memory, eval_batch_tokens, rows, micro_batches = self._try(tokens, checkpointing)
         return Setting(
             micro_batch_tokens=tokens,
             gradient_checkpointing=checkpointing,
             eval_batch_tokens=eval_batch_tokens,
-            rows=max(len(rows) for step in steps for rows in step),
-            micro_batches=max(len(step) for step in steps),
+            rows=rows,
+            micro_batches=micro_batches,
             peak=memory.peak,
             passing=memory.passing,
             time=(RECOMPUTING if checkpointing else 1.0) * _SMALLER**halved,
@@ -269,9 +273,8 @@ class Planner:
         shorter._tried = {}
         return shorter
 
-    def _trace(self, micro_batch_tokens: int, checkpointing: bool) -> Traced:
-        steps = Plan.of(self.config.replace(micro_batch_tokens=micro_batch_tokens), self.train)
-        batch = self._heaviest([rows for step in steps.epoch() for rows in step])
+    def _trace(self, groups: Sequence[Sequence[int]], checkpointing: bool) -> Traced:
+        batch = self._heaviest(groups)
         try:
             checkpoint_activations(self.model, on=checkpointing, again=AsOnDevices)
             with _tracing(self.model):

@@ -21,7 +21,7 @@ import torch
 from lorakit import machine
 from lorakit.adapter import fingerprint
 from lorakit.adapter.attach import virtual_tokens
-from lorakit.adapter.config import FROM_DATA, LoRAConfig
+from lorakit.adapter.config import FOUND_OUT, LoRAConfig
 from lorakit.adapter.starts import Starts, starts_from_data, starts_in
 from lorakit.core.layer import base_parameters
 from lorakit.data.batches import Batch, collate
@@ -472,7 +472,7 @@ def _beginning(
     """What the run begins with: its config, or what its first rows or the base's original say; a run that goes on has
     that in its checkpoint.
     """
-    if config.lora.init not in FROM_DATA | {"loftq"}:
+    if config.lora.init not in FOUND_OUT:
         return config.lora
     if checkpoint is not None:
         return starts_in(checkpoint.adapter | checkpoint.fixed, config.lora, model)

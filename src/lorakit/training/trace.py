@@ -49,11 +49,6 @@ class Traced:
     freed_recorded: int
     products: int
 
-    @classmethod
-    def nothing(cls) -> Traced:
-        """Of a run that does not evaluate."""
-        return cls(peak=0, kept=0, logits=0, freed=0, freed_recorded=0, products=0)
-
 
 _PRODUCTS = (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_)
 
@@ -103,7 +98,7 @@ class _Allocations(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch
 
 class AsOnDevices(TorchFunctionMode):
     """What the meta device does otherwise than devices with numbers. Autograd leaves such a mode before it begins, so
-    layers that are computed again in the backward pass have to enter it anew (`planning.checkpoint_activations`).
+    layers that are computed again in the backward pass have to enter it anew (`recomputing.checkpoint_activations`).
 
     torch's attention is its fused call, which CPUs and GPUs take where it is possible; on the meta device torch would
     write all scores out. And transformers asks of the numbers whether all positions of a row follow one another: they

@@ -21,7 +21,8 @@ from lorakit.training.config import TrainConfig
 from lorakit.training.events import DataReady, Evaluated, ModelReady, Resumed, StepDone
 from lorakit.training.loop import Plan
 from lorakit.training.objectives import mean_loss
-from lorakit.training.run import _as_begun, _evaluations, _new_folder, read, train
+from lorakit.training.run import _new_folder, read, train
+from lorakit.training.settings import _evaluations, as_begun
 from lorakit.training.verify import weights_checksum
 from tiny_runs import StopAt, adapter_bytes, assert_same_run, configured, metrics, rows, write_rows
 
@@ -469,14 +470,14 @@ def test_what_was_chosen_for_the_memory_there_was_holds_when_a_run_goes_on(setti
     (tmp_path / "run.yaml").write_text(begun.to_yaml())
     left_open = configured(settings, tmp_path, resume=True)
     assert left_open.gradient_checkpointing == "auto"
-    assert _as_begun(left_open, tmp_path).gradient_checkpointing == "on"
+    assert as_begun(left_open, tmp_path).gradient_checkpointing == "on"
     decided = left_open.replace(gradient_checkpointing="off")
-    assert _as_begun(decided, tmp_path).gradient_checkpointing == "off"
+    assert as_begun(decided, tmp_path).gradient_checkpointing == "off"
 
 
 def test_what_auto_came_to_holds_when_a_run_goes_on(settings, tmp_path):
     begun = configured(settings, tmp_path, batch_size=16, micro_batch_tokens=700)
     (tmp_path / "run.yaml").write_text(begun.to_yaml())
     left_open = configured(settings, tmp_path, batch_size="auto", resume=True)
-    gone_on = _as_begun(left_open, tmp_path)
+    gone_on = as_begun(left_open, tmp_path)
     assert (gone_on.batch_size, gone_on.micro_batch_tokens) == (16, 700)

@@ -17,7 +17,8 @@ from lorakit.training.loop import Plan
 from lorakit.training.planned import RunPlan
 from lorakit.training.planning import Planner
 from lorakit.training.recomputing import checkpoint_activations
-from lorakit.training.run import read, resolved
+from lorakit.training.run import read
+from lorakit.training.settings import resolved
 from lorakit.training.timing import timed
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import math
 import re
 import shutil
 from collections.abc import Iterator, Sequence
@@ -20,49 +19,40 @@ import torch
 
 from lorakit import machine
 from lorakit.adapter import fingerprint
-from lorakit.adapter.attach import virtual_tokens
 from lorakit.adapter.config import FOUND_OUT, LoRAConfig
 from lorakit.adapter.starts import Starts, starts_from_data, starts_in
 from lorakit.core.layer import base_parameters
 from lorakit.data.batches import Batch, collate
-from lorakit.data.chat import ChatFormat, Example, Prompt
+from lorakit.data.chat import ChatFormat, Example
 from lorakit.data.prepare import Data, read_data
-from lorakit.data.schema import schema_of
-from lorakit.data.sources import located
-from lorakit.errors import ConfigError, ModelError, RunError, bullet_list
+from lorakit.errors import ConfigError, RunError, bullet_list
 from lorakit.files import (
     JsonLines,
     free_folder,
     locked_folder,
-    read_json,
     remove_leftovers,
     write_json,
     write_text,
 )
-from lorakit.generation import generate
-from lorakit.models import load_model, load_tokenizer, resolve, stop_ids, storage_of
+from lorakit.models import load_model, load_tokenizer, stop_ids
 from lorakit.originals import refuse_storage, starts_from_original
 from lorakit.packing import packed_logits
-from lorakit.report import size, write_report
+from lorakit.report import write_report
 from lorakit.training.checkpoint import Checkpoint, load_newest
 from lorakit.training.config import TrainConfig
-from lorakit.training.events import DataReady, ModelReady, OnEvent, Phase, Planned, Resumed
+from lorakit.training.events import DataReady, ModelReady, OnEvent, Phase, Resumed
 from lorakit.training.identity import differences, identity_of, machine_changes
 from lorakit.training.invocation import invocation_line, with_invocation
 from lorakit.training.loop import Fitted, Plan, fit, ready, restore_tensors
 from lorakit.training.objectives import Predictions
 from lorakit.training.optim import default_learning_rate
-from lorakit.training.planning import Planner
 from lorakit.training.products import refuse_products
 from lorakit.training.recomputing import checkpoint_activations
+from lorakit.training.samples import Samples, sample_prompts
+from lorakit.training.settings import as_begun, made_to_fit, resolved, with_whole_paths
 from lorakit.training.subject import Subject, TrainedAdapter, subject_of
 from lorakit.version import __version__
 
-EVALUATIONS = 4  # a run, unless eval_steps says otherwise or they would take more than their share of its time
-EVALUATION_SHARE = 0.1
-CHECKPOINTS = 8  # a run, unless save_steps or eval_steps says otherwise
-FULL_CHECKPOINTS = 2  # a run that trains all weights: each holds four times the model
-SAMPLE_TOKENS = 64
 _CONTENTS = (
     "run.yaml",
     "metrics.jsonl",
@@ -156,7 +146,7 @@ def train(config: TrainConfig, on_event: OnEvent | None = None) -> Run:
     config = config.replace(output=str(folder))
     with locked_folder(folder):
         if config.resume:
-            config = _as_begun(config, folder)
+            config = as_begun(config, folder)
         else:
             _refuse_used(folder)
         return _train(config, folder, on_event or (lambda event: None))
@@ -176,7 +166,7 @@ def _train(config: TrainConfig, folder: Path, on_event: OnEvent) -> Run:
     plan = Plan.of(config, train_examples)
     config = resolved(config, device, plan, sum(len(example.ids) for example in valid_examples))
     refuse_storage(config.lora.init, config.quantize, config.loftq_original)
-    config, passing = _made_to_fit(config, data, on_event)
+    config, passing = made_to_fit(config, data, on_event)
 
     on_event(Phase("loading the model"))
     machine.keep_few_kernels()
@@ -195,10 +185,10 @@ def _train(config: TrainConfig, folder: Path, on_event: OnEvent) -> Run:
     about = subject.ready(config)
     on_event(about)
 
-    write_text(folder / "run.yaml", _located(config, folder).to_yaml())
+    write_text(folder / "run.yaml", with_whole_paths(config, folder).to_yaml())
     write_json(folder / "data.json", data.statistics())
-    samples = _Samples(
-        folder / "samples.json", model, chat, _sample_prompts(config.samples, data, chat, model), passing // 2
+    samples = Samples(
+        folder / "samples.json", model, chat, sample_prompts(config.samples, data, chat, model), passing // 2
     )
     with subject.untrained():
         samples.take("before", on_event)
@@ -243,7 +233,7 @@ def _train(config: TrainConfig, folder: Path, on_event: OnEvent) -> Run:
     return result
 
 
-# ---------------------------------------------------------------- settings
+# ---------------------------------------------------------------- data and folder
 
 
 def read(config: TrainConfig) -> Data:
@@ -260,75 +250,10 @@ def read(config: TrainConfig) -> Data:
     )
 
 
-def _made_to_fit(config: TrainConfig, data: Data, on_event: OnEvent) -> tuple[TrainConfig, int]:
-    """What goes through the model at once, and checkpointing, so that the run fits into the memory there is, where the
-    config leaves it to us (`gradient_checkpointing` or `batch_size` auto); nothing is left open afterwards.
-
-    Returns:
-        (the config, bytes that come and go with a step; 0 where that cannot be told)
-
-    Raises:
-        RunError: nothing would fit; says what it takes.
-        ConfigError: `cache_trunk` is not for such a model.
-    """
-    on_event(Phase("planning"))
-    limit = machine.memory_for(config.device)
-    try:
-        planner = Planner(config, data.train.examples, data.valid.examples)
-        chosen = planner.chosen(limit)
-    except ModelError as error:  # one that cannot be found is told when it is loaded
-        on_event(Planned(None, limit, str(error)))
-        return _unplanned(config, data), 0
-    if planner.left_open and limit is not None and chosen.peak > limit:
-        kept = planner.trunk
-        raise RunError(
-            f"this run would take {size(chosen.peak)}{f', {size(kept)} of it for cache_trunk,' if kept else ''} and "
-            f"more than the {size(limit)} there are, whatever leaves the result as it is: "
-            f"{'set --cache-trunk disk, ' if kept else ''}lower --max-length, use --quantize nf4, --dtype bf16 or a "
-            "smaller model (lorakit plan shows what takes how much, and what would fit); --gradient-checkpointing on "
-            "or off with a --batch-size of rows tries it all the same"
-        )
-    decided = chosen.applied(config)
-    changed = []
-    if config.batch_size == "auto":
-        changed.append(f"{chosen.rows} rows at once, {decided.batch_size} a step")
-    if decided.micro_batch_tokens != config.micro_batch_tokens:
-        changed.append(f"micro-batches of {decided.micro_batch_tokens:,} tokens")
-    if chosen.gradient_checkpointing and config.gradient_checkpointing == "auto":
-        changed.append("checkpointing on")
-    on_event(Planned(chosen.peak, limit, ", ".join(changed)))
-    return decided, chosen.passing
-
-
-def _unplanned(config: TrainConfig, data: Data) -> TrainConfig:
-    """The config with nothing left open where a plan cannot be made: an evaluation takes no more tokens at once than
-    the largest micro-batch of a step has.
-    """
-    examples = data.train.examples
-    groups = [rows for step in Plan.of(config, examples).epoch() for rows in step]
-    return config.replace(
-        batch_size=config.rows,
-        eval_batch_tokens=config.eval_batch_tokens or max(sum(len(examples[i].ids) for i in rows) for rows in groups),
-        gradient_checkpointing="on" if config.gradient_checkpointing == "on" else "off",
-    )
-
-
 def _new_folder(data: str) -> Path:
     """runs/data-1 for data.jsonl, owner/data and the like, or the first such number that is free."""
     name = re.sub(r"[^\w.-]+", "-", Path(data).stem) or "run"
     return free_folder(Path("runs") / f"{name}-1")
-
-
-def _located(config: TrainConfig, folder: Path) -> TrainConfig:
-    """For `run.yaml`: paths made absolute, so that it holds from any folder; Hub ids and aliases as they are."""
-    return config.replace(
-        model=resolve(config.model).name,
-        data=located(config.data),
-        validation=None if config.validation is None else located(config.validation),
-        loftq_original=None if config.loftq_original is None else resolve(config.loftq_original).name,
-        output=str(folder.resolve()),
-        resume=False,
-    )
 
 
 @contextlib.contextmanager
@@ -359,32 +284,6 @@ def _out_of_memory_told(config: TrainConfig, folder: Path, train: Sequence[Examp
         ) from error
 
 
-def resolved(config: TrainConfig, device: torch.device, plan: Plan, valid_tokens: int) -> TrainConfig:
-    """Every "auto" and None that stands for a number, replaced by what it comes to here."""
-    full = config.method == "full"
-    dtype = machine.resolve_dtype("fp32" if full and config.dtype == "auto" else config.dtype, device)
-    checkpoints = FULL_CHECKPOINTS if full else CHECKPOINTS
-    return config.replace(
-        quantize="none" if full else storage_of(config.model, config.quantize),
-        device=str(device),
-        dtype=next(name for name, known in machine.DTYPES.items() if known == dtype),
-        eval_steps=config.eval_steps
-        or math.ceil(plan.total_steps / _evaluations(plan, valid_tokens, config.early_stop)),
-        save_steps=config.save_steps or config.eval_steps or math.ceil(plan.total_steps / checkpoints),
-    )
-
-
-def _evaluations(plan: Plan, valid_tokens: int, early_stop: int | None = None) -> int:
-    """How often a run evaluates: four times, less often where that would take long, at least twice, and often enough
-    for `early_stop` to have its say.
-
-    A token costs half as much in evaluation as in training: the forward pass, where the backward pass through frozen
-    weights costs the same once more.
-    """
-    affordable = EVALUATION_SHARE * plan.tokens / (valid_tokens / 2)
-    return max(2, min(EVALUATIONS, int(affordable)), 0 if early_stop is None else max(EVALUATIONS, 2 * early_stop))
-
-
 def _refuse_used(folder: Path) -> None:
     """A new run never touches an old one.
 
@@ -397,29 +296,6 @@ def _refuse_used(folder: Path) -> None:
             f"{folder} holds another run ({', '.join(found)}). "
             f"Go on with it (lorakit train --resume --output {folder}), or choose another output folder."
         )
-
-
-def _as_begun(config: TrainConfig, folder: Path) -> TrainConfig:
-    """A config to resume with: what it leaves to us ("auto", None) is as `run.yaml` resolved it.
-
-    Raises:
-        RunError: there is no run to go on with, or it is finished.
-    """
-    if not (folder / "run.yaml").exists():
-        raise RunError(f"{folder} holds no run to go on with (no run.yaml in it); leave --resume out to begin one")
-    if (folder / "result.json").exists() and not read_json(folder / "result.json")["interrupted"]:
-        raise RunError(
-            f"{folder} holds a finished run: its adapter is {folder / 'best'}. "
-            "For other settings choose another output folder."
-        )
-    begun = TrainConfig.from_yaml(folder / "run.yaml")
-    chosen = ("dtype", "quantize", "device", "gradient_checkpointing", "batch_size")
-    left_open = {name: getattr(begun, name) for name in chosen if getattr(config, name) == "auto"}
-    if "batch_size" in left_open:  # what goes through the model at once was then left to the plan
-        left_open["micro_batch_tokens"] = begun.micro_batch_tokens
-    unset = ("eval_steps", "save_steps", "learning_rate", "eval_batch_tokens", "loftq_original")
-    left_open |= {name: getattr(begun, name) for name in unset if getattr(config, name) is None}
-    return config.replace(**left_open)
 
 
 def _checkpoint(folder: Path, identity: dict[str, Any], on_event: OnEvent) -> Checkpoint | None:
@@ -506,59 +382,6 @@ def _put_best_in_place(fitted: Fitted, subject: Subject, saved: Path) -> None:
     restore_tensors(subject.tensors, fitted.best)
     if not subject.check_saved(saved):
         raise RunError(f"{saved}: what was read back is not the best of this run")
-
-
-def _sample_prompts(number: int, data: Data, chat: ChatFormat, model: Any) -> list[Prompt]:
-    """Prompts of validation rows, spread evenly; fewer where rows have none or leave an answer no room."""
-    room = (getattr(model.config, "max_position_embeddings", None) or math.inf) - virtual_tokens(model)
-    prompts = [chat.prompt(row) for row in data.valid.rows if schema_of(row.fields) != "text"]
-    prompts = [prompt for prompt in prompts if len(prompt.ids) + SAMPLE_TOKENS <= room]
-    return prompts[:: max(1, len(prompts) // number)][:number] if number else []
-
-
-class _Samples:
-    """Answers to a few validation rows, kept in `samples.json`.
-
-    Args:
-        path: of the file.
-        model: that is trained.
-        chat: the format of its conversations.
-        prompts: to answer.
-        unpack_memory: for weights of a quantised base, of what training takes in any case (`generation.decoding`).
-    """
-
-    def __init__(self, path: Path, model: Any, chat: ChatFormat, prompts: Sequence[Prompt], unpack_memory: int) -> None:
-        self.path = path
-        self.unpack_memory = unpack_memory
-        self.model = model
-        self.chat = chat
-        self.prompts = prompts
-        self.rows: list[dict[str, Any]] = [
-            {
-                "origin": f"{Path(prompt.origin.file).name}:{prompt.origin.line}",
-                "prompt": chat.tokenizer.decode(prompt.ids),
-                "references": list(prompt.references),
-                "before": None,
-                "after": None,
-            }
-            for prompt in prompts
-        ]
-
-    def take(self, when: str, on_event: OnEvent) -> None:
-        """Answer all prompts ("before" or "after" training) and write the file."""
-        if self.prompts:
-            on_event(Phase(f"{len(self.prompts)} samples {when} training"))
-            answers = generate(
-                self.model,
-                self.chat.tokenizer,
-                [prompt.ids for prompt in self.prompts],
-                max_new_tokens=SAMPLE_TOKENS,
-                stop_ids=self.chat.stop_ids | stop_ids(self.model, self.chat.tokenizer),
-                unpack_memory=self.unpack_memory,
-            )
-            for row, answer in zip(self.rows, answers, strict=True):
-                row[when] = answer.text
-        write_json(self.path, self.rows)
 
 
 # ---------------------------------------------------------------- what is told

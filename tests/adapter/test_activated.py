@@ -13,7 +13,7 @@ from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM, T5Config, T5ForCon
 import lorakit
 from adapter.models import randomise
 from lorakit import Adapter, LoRAConfig, PromptConfig, generate
-from lorakit.adapter.attach import invocations_of
+from lorakit.adapter.in_use import invocations_of
 from lorakit.adapter.invocations import last_start
 from lorakit.core.cross_entropy import cross_entropy_sum
 from lorakit.data.batches import collate

@@ -26,8 +26,8 @@ from transformers import (
 
 import lorakit
 from lorakit import LoRAConfig, PromptConfig
-from lorakit.adapter.attach import first_tokens
 from lorakit.adapter.began import residual_form
+from lorakit.adapter.in_use import first_tokens
 from lorakit.data.batches import collate
 from lorakit.errors import AdapterError, AdapterMismatchError, ConfigError, TargetError
 from lorakit.fusion import fused

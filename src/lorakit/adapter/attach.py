@@ -21,12 +21,10 @@ from lorakit.adapter.resident import Asked, Resident, Update, updates_for
 from lorakit.adapter.starts import Starts
 from lorakit.adapter.updates import mixin_for
 from lorakit.adapter.value import NO_LAYERS, Adapter, BaseInfo
-from lorakit.core.activated import Invocation
 from lorakit.core.active import NOTHING, ActiveState, Route, Selection
 from lorakit.core.deltas import StackedUpdate
 from lorakit.core.foreign import Foreign
 from lorakit.core.layer import AdaptedModule, base_modules, base_parameters, batch_dim, fuse_again, unfuse
-from lorakit.core.prompts import SoftPrompt
 from lorakit.errors import AdapterError, nearest
 
 _HANDLE = "_lorakit"
@@ -86,94 +84,22 @@ def adapters(model: nn.Module) -> AttachedAdapters:
     Raises:
         AdapterError: it has no adapters.
     """
-    handle = _handle_of(model)
+    handle = handle_of(model)
     if handle is None:
         raise AdapterError(f"this {type(model).__name__} has no adapters; lorakit.attach(model, config) gives it one")
     return handle
 
 
-def invocations_of(model: nn.Module) -> tuple[Invocation, ...]:
-    """Those of a model's activated adapters (aLoRA)."""
-    handle = _handle_of(model)
-    return () if handle is None else tuple(handle._watch.invocations.values())
-
-
 @contextlib.contextmanager
 def base_only(model: nn.Module) -> Iterator[None]:
     """Within the block `model` is its base, whether it has adapters or not."""
-    handle = _handle_of(model)
+    handle = handle_of(model)
     with contextlib.nullcontext() if handle is None else handle.disabled():
         yield
 
 
-def soft_prompt_of(model: nn.Module) -> SoftPrompt | None:
-    """The soft prompt that every row of a pass of `model` now has.
-
-    Raises:
-        AdapterError: inside `route`, where each row has its own.
-    """
-    handle = _handle_of(model)
-    return None if handle is None else handle.prompts.of_all()
-
-
-def first_tokens(model: nn.Module) -> tuple[int, ...]:
-    """The virtual tokens with which every row of `model`, as ids, now begins: of a prompt that is embeddings (a prefix
-    is in no row). Errors as in `soft_prompt_of`.
-    """
-    prompt = soft_prompt_of(model)
-    return () if prompt is None or prompt.is_prefix else tuple(prompt.ids)
-
-
-def virtual_tokens(model: nn.Module) -> int:
-    """How many virtual tokens every row of `model` now has, which take that much of its context. Errors as in
-    `soft_prompt_of`.
-    """
-    prompt = soft_prompt_of(model)
-    return 0 if prompt is None else prompt.length
-
-
-def virtual_tokens_of_rows(model: nn.Module, rows: int) -> list[int]:
-    """The same for each row of a batch, on a route or not.
-
-    Raises:
-        AdapterError: the route is of another number of rows.
-    """
-    handle = _handle_of(model)
-    prompts = [None] * rows if handle is None else handle.prompts.of_rows(rows)
-    return [0 if prompt is None else prompt.length for prompt in prompts]
-
-
-def has_prefix(model: nn.Module) -> bool:
-    """Whether any row of `model` now has a prefix."""
-    handle = _handle_of(model)
-    return handle is not None and handle.prompts.prefix_in_use
-
-
-def with_virtual_tokens(model: nn.Module, ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """A batch as `model` is to be given it now: ids and mask (rows, n), with the columns of its virtual tokens. Errors
-    as in `virtual_tokens_of_rows`.
-    """
-    handle = _handle_of(model)
-    return (ids, mask) if handle is None else handle.prompts.before(ids, mask)
-
-
-@contextlib.contextmanager
-def without_soft_prompt(model: nn.Module) -> Iterator[None]:
-    """Within the block no adapter is in use if one that is has a soft prompt; else all stays as it is."""
-    handle = _handle_of(model)
-    with handle.disabled() if handle is not None and handle.prompts.in_use else contextlib.nullcontext():
-        yield
-
-
-@contextlib.contextmanager
-def rows_only(model: nn.Module, rows: Sequence[int]) -> Iterator[None]:
-    """Within the block a route of `model`, if it runs in one, is of these of its rows alone, in this order."""
-    handle = _handle_of(model)
-    with contextlib.nullcontext() if handle is None else handle.rows_only(rows):
-        yield
-
-
-def _handle_of(model: nn.Module) -> AttachedAdapters | None:
+def handle_of(model: nn.Module) -> AttachedAdapters | None:
+    """The same; None where there are none."""
     return model.__dict__.get(_HANDLE)
 
 
@@ -182,6 +108,7 @@ class AttachedAdapters:
 
     Attributes:
         prompts: their soft prompts.
+        watch: looks for the invocations of activated ones.
         state_class: of what all adapted layers share.
         dressed: class an adapted module is given -> a subclass of it to give instead, on which a facade shows its own
         names.
@@ -200,7 +127,7 @@ class AttachedAdapters:
         self._base_flags: list[tuple[nn.Parameter, bool]] = []
         self._unfused: list[tuple[nn.Module, str, Any]] = []
         self._base_info: BaseInfo | None = None
-        self._watch = Watch()
+        self.watch = Watch()
 
     def __repr__(self) -> str:
         return f"AttachedAdapters({type(self.model).__name__}, names={list(self.names)}, active={self.active})"
@@ -457,7 +384,7 @@ class AttachedAdapters:
             raise AdapterError(
                 f"{name!r}: nothing is to be trained: target_modules is none, and there is no soft prompt"
             )
-        if (asked or self.prompts) and (config.alora_invocation_tokens or self._watch.invocations):
+        if (asked or self.prompts) and (config.alora_invocation_tokens or self.watch.invocations):
             raise AdapterError(
                 f"{name!r}: a soft prompt and an activated adapter (aLoRA) do not go into one model: its invocation is "
                 "sought among the tokens of rows, and keys and values of a prefix are of none; remove the other one "
@@ -470,7 +397,7 @@ class AttachedAdapters:
         self._put(resident, updates, modules, trainable=fresh if trainable is None else trainable)
         self._residents[name] = resident
         if (invocation := resident.invocation) is not None:
-            self._watch.take(self.model, resident.slot, invocation)
+            self.watch.take(self.model, resident.slot, invocation)
         if asked is not None and resident.prompt is not None:
             self.prompts.add(resident.slot, resident.prompt, asked.place.vocabulary)
         if before is not None:
@@ -602,7 +529,7 @@ class AttachedAdapters:
 
     def _take_out(self, resident: Resident) -> None:
         self.prompts.remove(resident.slot)
-        self._watch.leave(resident.slot)
+        self.watch.leave(resident.slot)
         resident.take_out()
 
     def _refuse_sum_of_prompts(self, selection: Selection) -> None:

@@ -104,7 +104,7 @@ def fitting_prompt(subject: Subject, messages: Messages, opening: int, max_new_t
     Raises:
         ConfigError: the last turn alone does not fit.
     """
-    from lorakit.adapter.attach import virtual_tokens
+    from lorakit.adapter.in_use import virtual_tokens
 
     config: Any = subject.model.config.get_text_config(decoder=True)
     context = getattr(config, "max_position_embeddings", None)

@@ -15,13 +15,7 @@ from typing import Any
 import torch
 
 from lorakit import machine, models
-from lorakit.adapter.attach import (
-    has_prefix,
-    invocations_of,
-    rows_only,
-    virtual_tokens_of_rows,
-    with_virtual_tokens,
-)
+from lorakit.adapter.in_use import has_prefix, invocations_of, rows_only, virtual_tokens_of_rows, with_virtual_tokens
 from lorakit.adapter.invocations import begun_by
 from lorakit.core.unpacked import unpacked
 from lorakit.errors import ConfigError

@@ -23,7 +23,7 @@ from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from lorakit.adapter.attach import first_tokens, invocations_of, soft_prompt_of, without_soft_prompt
+from lorakit.adapter.in_use import first_tokens, invocations_of, soft_prompt_of, without_soft_prompt
 from lorakit.adapter.invocations import laid_out
 from lorakit.core.deltas import LoRA
 from lorakit.data.batches import Batch, collate

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from lorakit.adapter.attach import virtual_tokens
+from lorakit.adapter.in_use import virtual_tokens
 from lorakit.data.batches import plan_steps
 from lorakit.data.chat import Example
 from lorakit.errors import NonFiniteLossError, RunError, bullet_list

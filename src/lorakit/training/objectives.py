@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from lorakit.adapter.attach import first_tokens, virtual_tokens
+from lorakit.adapter.in_use import first_tokens, virtual_tokens
 from lorakit.core import cross_entropy
 from lorakit.data.batches import Batch, plan_evaluation
 from lorakit.data.chat import Example

@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 import torch
 
 from lorakit import machine
-from lorakit.adapter.attach import attach, first_tokens, soft_prompt_of
+from lorakit.adapter.attach import attach
+from lorakit.adapter.in_use import first_tokens, soft_prompt_of
 from lorakit.data.batches import Batch, plan_evaluation
 from lorakit.data.chat import Example
 from lorakit.errors import ModelError

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lorakit.adapter.attach import virtual_tokens
+from lorakit.adapter.in_use import virtual_tokens
 from lorakit.data.chat import ChatFormat, Prompt
 from lorakit.data.prepare import Data
 from lorakit.data.schema import schema_of
